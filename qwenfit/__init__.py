@@ -1,0 +1,1 @@
+"""qwenfit: plan, run, tune and measure Qwen models on your own hardware."""
