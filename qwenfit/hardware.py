@@ -254,7 +254,7 @@ def _capability(text: str) -> tuple[int, int]:
 
 def _flops(row: dict[str, str]) -> dict[str, float]:
     columns = {"fp32": "fp32_tflops", "fp16": "fp16_tflops", "bf16": "bf16_tflops", "int8": "int8_tops"}
-    return {dtype: float(row[column]) * 1e12 for dtype, column in columns.items() if row[column]}
+    return {dtype: round(float(row[column]) * 1e3) * 1e9 for dtype, column in columns.items() if row[column]}
 
 
 def _find_cpu(name: str, base: str, gib: int | None) -> Device | None:
