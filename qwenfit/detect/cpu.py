@@ -20,8 +20,8 @@ FEATURES = (
 )
 
 # What a guest with few cores reads of its socket's bandwidth, for each core with all of them reading. Measured in three
-# guests: 16.5 GB/s a core (Zen 4, 2 cores), 8.5 (Zen 3, 2 cores), 5.8 (Emerald Rapids, 16 cores). An estimate from it is
-# within a factor of two; `measure_bandwidth` says better.
+# guests: 16.5 GB/s a core (Zen 4, 2 cores), 8.5 (Zen 3, 2 cores), 5.8 (Emerald Rapids, 16 cores). An estimate is
+# within a factor of two of those; `measure_bandwidth` says better.
 CORE_BANDWIDTH = 10e9
 
 # The platform assumed for a CPU that the catalog does not know: the slowest of those still usual.
