@@ -1,0 +1,236 @@
+"""The engine: many requests, one network, one cache. A step is schedule, run, sample."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from qwenfit.config import ModelConfig
+from qwenfit.engine.block_pool import BlockPool, prefix_root
+from qwenfit.engine.output import Delta, Stats, TokenLogprob
+from qwenfit.engine.params import SamplingParams
+from qwenfit.engine.request import Request
+from qwenfit.engine.runner import Network, Runner
+from qwenfit.engine.sampler import Sampler
+from qwenfit.engine.scheduler import Scheduler
+from qwenfit.engine.text import Detokenizer, TextStream
+from qwenfit.errors import DoesNotFit, QwenfitError, UsageError
+from qwenfit.model.kv_cache import KVCache
+
+
+class QueueFull(QwenfitError):
+    """As many requests wait as may wait; try again later."""
+
+
+class Tokenizer(Protocol):
+    """What the engine needs of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eos_ids(self) -> Sequence[int]: ...
+
+    def detokenizer(self) -> Detokenizer: ...
+
+
+class Engine:
+    """Add requests, then call `step` while there are any. One thread at a time; its memory does not grow.
+
+    `cache` holds `num_blocks` blocks of `block_size` tokens. `max_model_len` (prompt + answer) is cut to what they
+    hold. Without a tokenizer there is no text, no end of sequence, and every row of the head can be drawn.
+    """
+
+    def __init__(
+        self,
+        model: Network,
+        config: ModelConfig,
+        cache: KVCache,
+        tokenizer: Tokenizer | None,
+        *,
+        num_blocks: int,
+        block_size: int = 16,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_batched_tokens: int = 2048,
+        max_queue: int | None = None,
+        prefix_cache: bool = True,
+        device: torch.device | str = "cpu",
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        if min(num_blocks, block_size, max_num_seqs) < 1:
+            raise UsageError("The engine needs at least one block, one token a block and one sequence.")
+        if max_batched_tokens < max_num_seqs:
+            raise UsageError(f"max_batched_tokens ({max_batched_tokens}) is below max_num_seqs ({max_num_seqs}).")
+        self.config = config
+        self.tokenizer = tokenizer
+        self.max_model_len = min(max_model_len or config.context_length, num_blocks * block_size)
+        self.max_queue = max_queue
+        self.vocab_size = config.vocab_size if tokenizer is None else min(tokenizer.vocab_size, config.vocab_size)
+        self._eos_ids = frozenset(() if tokenizer is None else tokenizer.eos_ids)
+        self._clock = clock
+        device = torch.device(device)
+        self.scheduler = Scheduler(BlockPool(num_blocks, block_size), max_num_seqs, max_batched_tokens, prefix_cache)
+        self.runner = Runner(
+            model,
+            cache,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_model_len=self.max_model_len,
+            device=device,
+        )
+        self.sampler = Sampler(self.vocab_size, max_num_seqs, self.max_model_len, device)
+        self._ended: list[Delta] = []  # last deltas that the next step hands out
+        self._next_id = 0
+        self._num_deadlines = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do or to tell."""
+        return bool(self.scheduler.running or self.scheduler.waiting or self._ended)
+
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Raise what `add` would raise."""
+        if not prompt:
+            raise UsageError("The prompt is empty: there is nothing to continue.")
+        if not all(type(token) is int and 0 <= token < self.vocab_size for token in prompt):
+            raise UsageError(f"A prompt consists of token ids from 0 to {self.vocab_size - 1}.")
+        if len(prompt) >= self.max_model_len:
+            raise DoesNotFit(
+                f"The prompt has {len(prompt)} tokens; with an answer at most {self.max_model_len} fit.",
+                "Shorten the prompt, or give a longer --max-model-len and the KV cache for it.",
+            )
+        named = [*params.stop_token_ids, *(params.logit_bias or ())]
+        if any(token >= self.vocab_size for token in named):
+            raise UsageError(f"logit_bias and stop_token_ids name tokens from 0 to {self.vocab_size - 1}.")
+        if params.stop and self.tokenizer is None:
+            raise UsageError("Stop strings need a tokenizer, and this model was loaded without one.")
+        if self.max_queue is not None and len(self.scheduler.waiting) >= self.max_queue:
+            raise QueueFull(f"{len(self.scheduler.waiting)} requests are waiting, and no more may.", "Try again later.")
+
+    def add(
+        self, prompt: Sequence[int], params: SamplingParams, *, deadline: float | None = None, cache_salt: str = ""
+    ) -> int:
+        """Queue a prompt of token ids; returns the id that its deltas carry.
+
+        `deadline` is in seconds from now. Only requests of the same `cache_salt` share prefixes. Raises UsageError
+        (empty prompt, unknown token id), DoesNotFit (longer than the context or the cache) or QueueFull.
+        """
+        self.check(prompt, params)
+        self._next_id += 1
+        now = self._clock()
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        alpha = self.config.ntk_alpha(len(prompt))
+        limit = self.max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
+        answers = [
+            Request(
+                id=self._next_id,
+                index=index,
+                tokens=list(prompt),
+                prompt_length=len(prompt),
+                max_length=min(limit, self.max_model_len),
+                params=params,
+                seed=seed,
+                alpha=alpha,
+                stop_ids=stop_ids,
+                prefix_root=prefix_root(alpha, cache_salt),
+                text=TextStream(self.tokenizer.detokenizer(), tuple(params.stop)) if self.tokenizer else None,
+                stats=Stats(prompt_tokens=len(prompt), arrived=now),
+                deadline=None if deadline is None else now + deadline,
+            )
+            for index in range(params.n)
+        ]
+        first, *first.siblings = answers
+        self.scheduler.waiting.append(first)
+        self._num_deadlines += 0 if deadline is None else params.n
+        return self._next_id
+
+    def abort(self, *request_ids: int) -> None:
+        """End requests now, wherever they are; their last deltas come with the next step. Unknown ids are ignored."""
+        ids = set(request_ids)
+        for request in self._all() if ids else ():
+            if request.id in ids:
+                self._ended.append(self._end(request, "abort"))
+
+    def step(self) -> list[Delta]:
+        """Schedule, run, sample: one token more for each answer that is past its prompt."""
+        self._expire()
+        batch = self.scheduler.schedule()
+        deltas = self._process(batch) if batch else []
+        deltas += self._ended
+        self._ended = []
+        return deltas
+
+    def _process(self, batch: list[Request]) -> list[Delta]:
+        now = self._clock()
+        for request in batch:
+            request.stats.started = request.stats.started or now
+        reached = [request for request in batch if request.computed + request.scheduled == len(request.tokens)]
+        try:
+            logits = self.runner.run(batch)
+            sampled = self.sampler.sample(logits, reached) if logits is not None else ([], None)
+        except torch.OutOfMemoryError:
+            return [self._end(request, "error", "The device ran out of memory.") for request in batch]
+        except BaseException:
+            self.scheduler.undo(batch)  # interrupted: the next step does it again
+            raise
+        self.scheduler.computed(batch)
+        tokens, logprobs = sampled
+        now = self._clock()
+        return [
+            self._accept(request, token, logprobs[i] if logprobs else None, now)
+            for i, (request, token) in enumerate(zip(reached, tokens, strict=True))
+        ]
+
+    def _all(self) -> list[Request]:
+        """Every answer that has not ended."""
+        known = [*self.scheduler.running, *self.scheduler.waiting]
+        return known + [sibling for request in known for sibling in request.siblings]
+
+    def _expire(self) -> None:
+        if self._num_deadlines:
+            now = self._clock()
+            for request in self._all():
+                if request.deadline is not None and request.deadline <= now:
+                    self._ended.append(self._end(request, "deadline"))
+
+    def _accept(self, request: Request, token: int, logprob: TokenLogprob | None, now: float) -> Delta:
+        """Append one token to an answer and see whether that ends it."""
+        if token < 0:
+            return self._end(request, "error", "The model gave logits that are not finite.")
+        self.scheduler.publish(request)
+        self.scheduler.release_siblings(request)
+        request.tokens.append(token)
+        stats, text = request.stats, request.text
+        stats.completion_tokens += 1
+        stats.first_token = stats.first_token or now
+        delta = Delta(request.id, request.index, "", [token], None if logprob is None else [logprob])
+        reason: str | None = None
+        if token in request.stop_ids:
+            reason, delta.stop_reason = "stop", token
+        elif text is not None:
+            delta.text = text.push(token, request.num_generated >= request.params.min_tokens)
+            if text.stopped_by is not None:
+                reason = "stop"
+        if reason is None and len(request.tokens) >= request.max_length:
+            reason = "length"
+        return delta if reason is None else self._end(request, reason, delta=delta)
+
+    def _end(self, request: Request, reason: str, error: str | None = None, delta: Delta | None = None) -> Delta:
+        """Take the answer out of the engine; its last delta also has the text that was held back."""
+        self.scheduler.release_siblings(request)
+        self.scheduler.remove(request)
+        self._num_deadlines -= request.deadline is not None
+        delta = delta or Delta(request.id, request.index, "", [], None if request.params.logprobs is None else [])
+        if request.text is not None:
+            delta.text += request.text.finish()
+            if request.text.stopped_by is not None:
+                reason, delta.stop_reason = "stop", request.text.stopped_by
+        delta.finish_reason, delta.error, delta.stats = reason, error, request.stats
+        request.stats.finished = self._clock()
+        return delta

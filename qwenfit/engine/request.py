@@ -1,0 +1,44 @@
+"""One answer on its way through the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from qwenfit.engine.output import Stats
+from qwenfit.engine.params import SamplingParams
+from qwenfit.engine.text import TextStream
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One answer being made. The scheduler moves it between waiting and running; nothing else keeps it."""
+
+    id: int
+    index: int  # which of the n answers
+    tokens: list[int]  # prompt, then answer
+    prompt_length: int
+    max_length: int  # prompt + answer end here at the latest
+    params: SamplingParams
+    seed: int
+    alpha: float  # dynamic NTK, from the full prompt length; never changes, preempted or not
+    stop_ids: frozenset[int]
+    prefix_root: bytes  # where the chain of block hashes starts: it knows alpha and the salt
+    text: TextStream | None  # None: no tokenizer, token ids only
+    stats: Stats
+    deadline: float | None = None  # on the engine's clock
+    siblings: list[Request] = field(default_factory=list)  # the other n - 1, held until this one's prompt is cached
+
+    # The scheduler's. `computed` tokens have their keys and values in `blocks`; a step adds `scheduled` more.
+    running: bool = False
+    computed: int = 0
+    scheduled: int = 0
+    blocks: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    shared_blocks: int = 0  # the first of `blocks` that are known to the prefix cache
+    row: int = -1  # of the tables that the runner and the sampler keep
+    blocks_in_table: int = 0
+    tokens_in_table: int = 0
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.prompt_length

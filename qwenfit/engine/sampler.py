@@ -1,0 +1,208 @@
+"""From logits to one token per request, for all of them at once.
+
+A draw depends on the request's own logits, parameters, seed and position and on nothing else, so it is the same
+alone, in a batch and after a preemption.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from qwenfit.engine.output import TokenLogprob
+from qwenfit.engine.request import Request
+
+
+class Sampler:
+    """Draws among the `vocab_size` real tokens; the rows of the head beyond them, and `banned_ids`, never come up.
+
+    It keeps nothing of a request but a row of `max_model_len` token ids, made when a penalty first needs one.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        device: torch.device,
+        banned_ids: Sequence[int] = (),
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.device = device
+        self._banned = torch.tensor(banned_ids, dtype=torch.int64, device=device) if banned_ids else None
+        self._table_shape = (max_num_seqs, max_model_len)
+        self._table: Tensor | None = None  # [rows, max_model_len] int32: prompt and answer of the penalised
+
+    def sample(self, logits: Tensor, requests: list[Request]) -> tuple[list[int], list[TokenLogprob | None] | None]:
+        """One token id per row of `logits` (float32 [n, >= vocab_size], overwritten); -1 where they are not finite.
+
+        Also the log-probabilities of the rows that ask for them, None when no row does.
+        """
+        real = logits[:, : self.vocab_size]
+        params = [request.params for request in requests]
+        wanted = [i for i, p in enumerate(params) if p.logprobs is not None]
+        logprobs = logits[wanted].log_softmax(-1) if wanted else None
+        if self._banned is not None:
+            real.index_fill_(1, self._banned, -math.inf)
+        top, ids = row_max(real)
+        finite = list(map(math.isfinite, top.tolist()))
+        if self._adjust(real, requests):
+            ids = row_max(real)[1]
+        drawn = [i for i, p in enumerate(params) if not p.greedy]
+        if drawn:
+            self._draw(real, requests, drawn, ids)
+        tokens: list[int] = ids.tolist()
+        if not all(finite):
+            tokens = [token if ok else -1 for token, ok in zip(tokens, finite, strict=True)]
+        if logprobs is None:
+            return tokens, None
+        return tokens, self._logprobs(logprobs, requests, wanted, tokens)
+
+    def _adjust(self, logits: Tensor, requests: list[Request]) -> bool:
+        """Bias, penalties and min_tokens, in place; whether there were any."""
+        biased = [
+            (i, t, b) for i, r in enumerate(requests) if r.params.logit_bias for t, b in r.params.logit_bias.items()
+        ]
+        if biased:
+            rows, ids, values = zip(*biased, strict=True)
+            logits[self._int(rows), self._int(ids)] += torch.tensor(values, device=self.device)
+        penalised = [i for i, r in enumerate(requests) if r.params.penalised]
+        if penalised:
+            self._penalise(logits, [requests[i] for i in penalised], self._int(penalised))
+        early = [(i, t) for i, r in enumerate(requests) if r.num_generated < r.params.min_tokens for t in r.stop_ids]
+        if early:
+            rows, ids = zip(*early, strict=True)
+            logits[self._int(rows), self._int(ids)] = -math.inf
+        return bool(biased or penalised or early)
+
+    def _penalise(self, logits: Tensor, requests: list[Request], rows: Tensor) -> None:
+        """Repetition over prompt and answer, then frequency and presence over the answer (as vLLM, OpenAI).
+
+        A token that occurs twice is read twice and written twice with the same value, so none needs to be unique.
+        """
+        seen = self._tokens_of(requests)  # [m, longest]
+        at = torch.arange(seen.shape[1], device=self.device)
+        start = self._int([r.prompt_length for r in requests])[:, None]
+        end = self._int([len(r.tokens) for r in requests])[:, None]
+        repetition, frequency, presence = self._floats(
+            requests, lambda p: p.repetition_penalty, lambda p: p.frequency_penalty, lambda p: p.presence_penalty
+        )[:, :, None]
+        row = rows[:, None]
+        if any(r.params.repetition_penalty != 1.0 for r in requests):
+            ids = seen.where(at < end, seen[:, :1])
+            values = logits[row, ids]
+            logits[row, ids] = torch.where(values > 0, values / repetition, values * repetition)
+        answering = [i for i, r in enumerate(requests) if r.num_generated]
+        if answering and any(r.params.frequency_penalty or r.params.presence_penalty for r in requests):
+            pick = self._int(answering)
+            row, seen, start, end = row[pick], seen[pick], start[pick], end[pick]
+            inside = (at >= start) & (at < end)
+            ids = seen.where(inside, seen.gather(1, start))
+            logits.index_put_((row.expand_as(ids), ids), -frequency[pick] * inside, accumulate=True)
+            logits[row, ids] = logits[row, ids] - presence[pick]
+
+    def _tokens_of(self, requests: list[Request]) -> Tensor:
+        """Prompt and answer of each request, int64 [m, longest]; what is beyond a request's own length is arbitrary."""
+        if self._table is None:
+            self._table = torch.zeros(self._table_shape, dtype=torch.int32, device=self.device)
+        new = [
+            (r.row, at, token)
+            for r in requests
+            for at, token in enumerate(r.tokens[r.tokens_in_table :], r.tokens_in_table)
+        ]
+        rows, columns, tokens = zip(*new, strict=True)
+        self._table[self._int(rows), self._int(columns)] = self._int(tokens).int()
+        for request in requests:
+            request.tokens_in_table = len(request.tokens)
+        longest = max(len(r.tokens) for r in requests)
+        return self._table[:, :longest][self._int([r.row for r in requests])].long()
+
+    def _draw(self, logits: Tensor, requests: list[Request], drawn: list[int], ids: Tensor) -> None:
+        """Replace `ids` at the rows `drawn` by draws; rows with a filter go through the sorted path."""
+        filtered: list[int] = []
+        free: list[int] = []
+        for i in drawn:
+            p = requests[i].params
+            (filtered if p.top_k or p.top_p < 1 or p.min_p else free).append(i)
+        for rows, choose in ((free, None), (filtered, draw_filtered)):
+            if not rows:
+                continue
+            chosen = [requests[i] for i in rows]
+            at = self._int(rows)
+            temperature, top_p, min_p, top_k = self._floats(
+                chosen, lambda p: p.temperature, lambda p: p.top_p, lambda p: p.min_p, lambda p: float(p.top_k)
+            )
+            picked = logits if len(rows) == len(logits) else logits[at]
+            weights = (picked - picked.amax(-1, keepdim=True)).div_(temperature[:, None]).exp_()
+            u = torch.tensor([uniform(r) for r in chosen], dtype=torch.float64, device=self.device)
+            ids[at] = draw(weights, u) if choose is None else choose(weights, top_k, top_p, min_p, u)
+
+    def _logprobs(
+        self, logprobs: Tensor, requests: list[Request], wanted: list[int], tokens: list[int]
+    ) -> list[TokenLogprob | None]:
+        count = min(max(requests[i].params.logprobs or 0 for i in wanted), self.vocab_size)
+        chosen = logprobs.gather(1, self._int([max(tokens[i], 0) for i in wanted])[:, None])[:, 0].tolist()
+        values, ids = (t.tolist() for t in logprobs[:, : self.vocab_size].topk(count))
+        result: list[TokenLogprob | None] = [None] * len(requests)
+        for j, i in enumerate(wanted):
+            k = requests[i].params.logprobs
+            result[i] = TokenLogprob(tokens[i], chosen[j], tuple(zip(ids[j][:k], values[j][:k], strict=True)))
+        return result
+
+    def _int(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+    def _floats(self, requests: list[Request], *knobs: Callable[..., float]) -> Tensor:
+        """[knobs, requests]: one copy to the device for all of them."""
+        return torch.tensor([[knob(r.params) for r in requests] for knob in knobs], device=self.device)
+
+
+def row_max(logits: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
+    """Largest value of each row and where it is first, [n] and [n]; NaN where the row has one.
+
+    In two steps, since torch's own max with indices reads a row of 152k five times slower on CPU.
+    """
+    width = logits.shape[1]
+    whole = width // block * block
+    tops = logits[:, :whole].reshape(len(logits), whole // block, block).amax(-1)
+    if whole < width:
+        tops = torch.cat([tops, logits[:, whole:].amax(-1, keepdim=True)], 1)
+    top, where = tops.max(1)
+    inside = (where[:, None] * block + torch.arange(block, device=logits.device)).clamp_(max=width - 1)
+    return top, where * block + logits.gather(1, inside).argmax(1)
+
+
+def uniform(request: Request) -> float:
+    """A number in [0, 1), a function of the request's seed, which of its answers this is, and the position in it."""
+    key = f"{request.seed}/{request.index}/{request.num_generated}".encode()
+    return (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) >> 12) * 2.0**-52
+
+
+def draw(weights: Tensor, u: Tensor) -> Tensor:
+    """The inverse of each row's cumulative distribution at `u`: weights [m, k] >= 0, u float64 [m] in [0, 1)."""
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    drawn = torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True)[:, 0]
+    return drawn.clamp_(max=weights.shape[1] - 1)  # only a row of NaN goes past its end
+
+
+def draw_filtered(weights: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, u: Tensor) -> Tensor:
+    """`draw` after top_k, top_p and min_p. Weights [m, vocab], the largest of each row 1; the rest [m].
+
+    Only as many of the largest weights are sorted as any row can keep: top_k, where it is set; else those not below
+    (1 - top_p) / vocab of the whole (all below that are less than 1 - top_p together) nor below min_p.
+    """
+    top_k, top_p, min_p = top_k[:, None], top_p[:, None], min_p[:, None]
+    total = weights.sum(-1, keepdim=True)
+    floor = torch.maximum((1 - top_p) * total / weights.shape[1], min_p) * 0.99  # rounding on the safe side
+    needed = torch.where(top_k > 0, top_k, (weights >= floor).sum(-1, keepdim=True))
+    kept, order = weights.topk(max(1, min(int(needed.max()), weights.shape[1])))
+    rank = torch.arange(kept.shape[1], device=kept.device)
+    kept = kept.where((top_k == 0) | (rank < top_k), 0)
+    total = torch.where(top_k > 0, kept.sum(-1, keepdim=True), total)
+    before = kept.cumsum(-1, dtype=torch.float64) - kept
+    kept = kept.where(((top_p == 1) | (before < top_p * total)) & (kept >= min_p), 0)
+    return order.gather(1, draw(kept, u)[:, None])[:, 0]

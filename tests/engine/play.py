@@ -1,0 +1,110 @@
+"""Random arrivals, lengths, cancels and pools for an engine, and what must hold whatever they are."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+from fakes import tokens_of
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from qwenfit.engine.engine import Engine
+from qwenfit.engine.params import SamplingParams
+
+CASES = int(os.environ.get("QWENFIT_PROPERTY_CASES", "300"))
+
+# Prompts share beginnings, so that the prefix cache has something to find, and differ in alpha (training length 16).
+BEGINNINGS = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [1, 2, 3, 4, 40, 41], [7] * 10, []]
+prompts = st.builds(
+    lambda start, rest: (start + rest) or [3],
+    st.sampled_from(BEGINNINGS),
+    st.lists(st.integers(0, 48), max_size=24),
+)
+arrivals = st.fixed_dictionaries(
+    {
+        "prompt": prompts,
+        "step": st.integers(0, 6),
+        "count": st.integers(1, 20),
+        "cancel": st.none() | st.none() | st.integers(0, 25),
+        "salt": st.sampled_from(["", "", "tenant"]),
+        "n": st.sampled_from([1, 1, 1, 2]),
+    }
+)
+
+
+def pools(sizes: dict) -> dict:
+    """`tokens` of cache, just enough for the longest request or little more, as blocks."""
+    num_blocks = -(-sizes.pop("tokens") // sizes["block_size"])
+    return {**sizes, "num_blocks": num_blocks}
+
+
+sizes = st.fixed_dictionaries(
+    {
+        "tokens": st.integers(56, 90),
+        "block_size": st.sampled_from([4, 8]),
+        "max_num_seqs": st.integers(1, 6),
+        "max_batched_tokens": st.sampled_from([6, 7, 11, 64]),
+        "prefix_cache": st.sampled_from([True, True, False]),
+    }
+).map(pools)
+run_settings = settings(
+    max_examples=CASES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+def drive(engine: Engine, requests: list[dict], seen: Counter) -> list[tuple[dict, list]]:
+    """Play the arrivals and cancels; each request with its answers' deltas."""
+    ids: dict[int, int] = {}
+    made: dict[tuple[int, int], list] = {}
+    step = 0
+    while len(ids) < len(requests) or engine.has_work:
+        for i, request in enumerate(requests):
+            if request["step"] == step:
+                params = SamplingParams(max_tokens=request["count"], temperature=0, ignore_eos=True, n=request["n"])
+                ids[i] = engine.add(request["prompt"], params, cache_salt=request["salt"])
+            if request["cancel"] == step and i in ids:
+                engine.abort(ids[i])
+        for delta in engine.step():
+            made.setdefault((delta.request_id, delta.index), []).append(delta)
+        check_blocks(engine)
+        step += 1
+    seen["cases"] += 1
+    seen["requests"] += len(requests)
+    seen["steps"] += step
+    seen["preemptions"] += engine.scheduler.num_preemptions
+    return [(r, [made[ids[i], k] for k in range(r["n"])]) for i, r in enumerate(requests)]
+
+
+def check_blocks(engine: Engine) -> None:
+    """The pool counts exactly the blocks that running requests hold, and never lends a free one."""
+    pool = engine.scheduler.pool
+    held = Counter(block for request in engine.scheduler.running for block in request.blocks)
+    assert pool._references == [held[block] for block in range(pool.num_blocks)]
+    assert set(pool._free) == {block for block in range(pool.num_blocks) if not held[block]}
+
+
+def check_answers(outcome: list[tuple[dict, list]], expected, seen: Counter) -> None:
+    for request, answers in outcome:
+        for deltas in answers:
+            tokens, last = tokens_of(deltas), deltas[-1]
+            whole = expected(request["prompt"], request["count"])
+            assert all(delta.finish_reason is None for delta in deltas[:-1])
+            assert last.stats.completion_tokens == len(tokens)
+            seen[last.finish_reason] += 1
+            seen["cached"] += last.stats.cached_tokens > 0
+            if last.finish_reason == "abort":
+                assert tokens == whole[: len(tokens)] and len(tokens) < len(whole)
+            else:
+                assert last.finish_reason == "length"
+                assert tokens == whole
+
+
+def assert_everything_happened(seen: Counter) -> None:
+    """The cases are no use if nothing is ever preempted, cached or cancelled."""
+    print(dict(seen))
+    cases = seen["cases"]
+    assert seen["preemptions"] > cases / 10
+    assert seen["cached"] > cases / 10
+    assert seen["abort"] > cases / 10
+    assert seen["length"] > cases
