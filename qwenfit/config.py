@@ -23,6 +23,7 @@ class Quantization:
     group_size: int = 128  # inputs that share a scale; -1: one group over all inputs
     desc_act: bool = False  # act-order: g_idx is not sorted
     sym: bool = True
+    checkpoint_format: str = "gptq"  # GPTQ only: "gptq" stores zero points less one, "gptq_v2" as they are
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ def find_device(name: str) -> Device:
             return cpu
     if not found:
         near = [device.name for device in same] or nearest(name, _all_names(), 4) or nearest(base, _all_names(), 4)
-        hint = f"Did you mean {', '.join(near)}?" if near else f"Known are {', '.join(_all_names())}."
+        hint = f"Did you mean {', '.join(near)}?" if near else "Names look like 'RTX 3090' or A100-SXM4-80GB."
         raise NotFound(f"The catalog has no device named {name!r}.", hint)
     if len({device.memory_bytes for device in found}) > 1:
         names = ", ".join(device.name for device in found)

@@ -1,0 +1,121 @@
+"""The command line: one function per verb, which parses, calls and prints. No logic, and nothing heavy at import."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+import click
+
+from qwenfit import __version__
+from qwenfit.errors import QwenfitError
+
+SETTINGS = {
+    "help_option_names": ["-h", "--help"],
+    "token_normalize_func": lambda word: word.replace("_", "-"),
+    "auto_envvar_prefix": "QWENFIT",
+}
+
+
+@click.group(context_settings=SETTINGS)
+@click.version_option(__version__)
+def app() -> None:
+    """Plan, run, tune and measure Qwen models on your own hardware."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a verb; prints an expected failure as one sentence with a hint, and exits with its code."""
+    try:
+        code = app(args=arguments, prog_name="qwenfit", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except QwenfitError as error:
+        _fail(error.message, error.hint, error.exit_code)
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f"{context.command_path} --help" if context is not None else "qwenfit --help"
+        _fail(error.format_message(), hint, 2)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)
+    except BrokenPipeError:  # `qwenfit plan | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _fail(message: str, hint: str | None, code: int) -> None:
+    click.echo(f"error: {message}", err=True)
+    if hint:
+        click.echo(f"  try: {hint}", err=True)
+    sys.exit(code)
+
+
+def _colour() -> bool:
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@app.command()
+@click.argument("model", required=False)
+@click.option("--task", default="inference", help="inference, full, lora, lora-emb or qlora")
+@click.option("--gpu", help="a catalog card such as 'RTX 3090', or cpu; default: this machine")
+@click.option("--gpus", type=int, default=1, help="cards per node")
+@click.option("--nodes", type=int, default=1)
+@click.option("--network-gbps", type=float, help="between nodes, Gb/s")
+@click.option("--precision", help="bf16, fp16, fp32, int8 or int4; default: the checkpoint's own")
+@click.option("--stack", default="qwenfit", help="qwenfit, transformers-4.3x, transformers-5 or vllm")
+@click.option("--parallel", help="layers or tensor, for inference on several cards")
+@click.option("-c", "--context", type=int, help="prompt + answer; for finetuning the sample's length")
+@click.option("--prompt", type=int, help="tokens of each prompt  [1]")
+@click.option("--generate", type=int, help="tokens of each answer  [2048]")
+@click.option("--batch", "--users", "batch", type=int, help="requests at once  [1]")
+@click.option("--shared-prefix", type=int, help="tokens that all prompts begin with  [0]")
+@click.option("--kv-cache", help="bf16, fp16, fp32 or int8  [bf16]")
+@click.option("--flash-attention/--no-flash-attention", default=None)
+@click.option("--seq-len", type=int, help="tokens of a padded training sample  [1024]")
+@click.option("--micro-batch", type=int, help="samples per micro-batch  [1]")
+@click.option("--grad-accum", type=int, help="micro-batches per optimizer step  [8]")
+@click.option("--lora-rank", type=int, help="[64]")
+@click.option("--optimizer", help="fp32 (master weights), bf16 or 8bit  [fp32]")
+@click.option("--checkpointing/--no-checkpointing", default=None, help="[on]")
+@click.option("--fused-loss/--full-logits", default=None, help="[what the stack does]")
+@click.option("--zero", type=int, help="ZeRO stage 0, 2 or 3  [what the official scripts use]")
+@click.option("--host-factor", type=float, default=1.0, help="launch time of this host relative to the guide's")
+@click.option("--find", type=click.Choice(["context", "batch", "seq-len", "gpu", "precision"]), help="reverse question")
+@click.option("--measure-bandwidth", is_flag=True, help="measure this CPU's memory bandwidth first (about 1 s)")
+@click.option("-o", "--output", type=click.Choice(["text", "md", "csv", "json"]), default="text")
+@click.option("--json", "as_json", is_flag=True, help="the same as -o json")
+def plan(model: str | None, find: str | None, output: str, as_json: bool, **options: Any) -> int:
+    """Memory, speed and verdict of MODEL on some hardware; without MODEL, what fits there.
+
+    \b
+    qwenfit plan Qwen-7B --gpu "RTX 3090"
+    qwenfit plan Qwen-72B --task qlora --gpu A100-SXM4-80GB
+    qwenfit plan Qwen2.5-32B --gpu "RTX 4090" --find context
+    """
+    from qwenfit.planning import verbs
+
+    form = "json" if as_json else output
+    if model is None:
+        return verbs.plan_everything(options, form, click.echo)
+    if find is not None:
+        return verbs.answer(model, find, options, form, click.echo)
+    return verbs.plan_one(model, options, form, _colour(), click.echo)
+
+
+@app.command()
+@click.option("--table", help="only this table")
+@click.option("--json", "as_json", is_flag=True)
+def guide(table: str | None, as_json: bool) -> None:
+    """Every table of the hardware guide, cell by cell: its figure, our prediction, and whether it can be true."""
+    from qwenfit.guide import guide_json, print_guide
+
+    if as_json:
+        _print_json(guide_json())
+    else:
+        from rich.console import Console
+
+        print_guide(Console(), table)

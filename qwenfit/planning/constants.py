@@ -1,0 +1,259 @@
+"""Every number in the plan that was fitted, and every one that was measured or read elsewhere, with its source.
+
+FITTED constants were calibrated on the guide's inference table, its two KV cache tables and the 42 finetuning
+cells that the official README confirms, and (one of them) on vLLM measured on an H100. There are at most ten of
+them over all stacks, and none belongs to a single row. READ constants come from a measurement of one run, a
+vendor's documentation or the source code of the software planned for; they were not adjusted to the guide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 2**30
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A named number of the model: `value` in `unit`, what it means physically, and the data it came from."""
+
+    name: str
+    value: float
+    unit: str
+    meaning: str
+    data: str
+
+
+FITTED: dict[str, Constant] = {
+    c.name: c
+    for c in (
+        Constant(
+            "scratch_2023",
+            0.35 * GIB,
+            "bytes",
+            "buffers that the 2023 inference software holds beside weights and cache when it runs GPTQ layers "
+            "(dequantized copies, kernel buffers) or attention without FlashAttention",
+            "guide/inference.csv, Int8 and Int4 rows; guide/kv_cache_batch.csv, kv_cache_length.csv",
+        ),
+        Constant(
+            "train_overhead_2023",
+            2.2 * GB,
+            "bytes",
+            "what a finetuning process holds beyond its tensors: CUDA context, libraries, cached blocks",
+            "guide/finetune.csv, the 42 confirmed cells",
+        ),
+        Constant(
+            "host_decode_2023",
+            0.785e-3,
+            "s per layer and step",
+            "time the host needs to launch one layer's kernels from Python, bf16 and Int8 layers",
+            "guide/inference.csv, bf16 and Int8 rows of 1.8B, 7B, 14B",
+        ),
+        Constant(
+            "host_decode_2023_int4",
+            0.62e-3,
+            "s per layer and step",
+            "the same with the fused Int4 kernels of AutoGPTQ (ExLlama), which launch less",
+            "guide/inference.csv, Int4 rows of 1.8B, 7B, 14B",
+        ),
+        Constant(
+            "bandwidth_share_2023",
+            0.60,
+            "of peak",
+            "share of the card's peak bandwidth that its matrix-vector products reach",
+            "guide/inference.csv, 72B bf16",
+        ),
+        Constant(
+            "unpack_2023",
+            0.75e-12,
+            "s per weight (A100)",
+            "time AutoGPTQ's kernels take to unpack one quantized weight, on top of reading it",
+            "guide/inference.csv, 72B Int8 and Int4",
+        ),
+        Constant(
+            "host_train_2023",
+            5.0e-3,
+            "s per layer and micro-batch",
+            "host time for one layer's forward, recomputation and backward with adapters",
+            "guide/finetune.csv, LoRA cells of 1.8B and 7B at 256 tokens",
+        ),
+        Constant(
+            "host_zero3_2023",
+            6.0e-3,
+            "s per layer and micro-batch",
+            "host time of DeepSpeed ZeRO-3's hooks that gather and release each module's parameters",
+            "guide/finetune.csv, full-parameter cells of 1.8B",
+        ),
+        Constant(
+            "activation_traffic",
+            1000.0,
+            "bytes per token, layer and hidden unit",
+            "memory traffic of the element-wise work in one layer's forward, recomputation and backward; "
+            "adapters with dropout add as much again",
+            "guide/finetune.csv, LoRA and full-parameter cells at 2048 tokens and more",
+        ),
+        Constant(
+            "vllm_layer_overhead",
+            0.058e-3,
+            "s per layer and step",
+            "gaps between kernels and small kernels in vLLM's decode step under CUDA graphs",
+            "vLLM 0.26 on one H100 80GB: Qwen-7B bf16 151.7 tokens/s, Qwen-1.8B bf16 409.0 tokens/s",
+        ),
+    )
+}
+
+READ: dict[str, Constant] = {
+    c.name: c
+    for c in (
+        Constant(
+            "matmul_share",
+            0.79,
+            "of peak",
+            "share of the dense peak that a large matrix product reaches",
+            "measured: 8192^3 bf16 product, 781 of 989 TFLOP/s on an H100 80GB",
+        ),
+        Constant(
+            "prefill_share",
+            0.75,
+            "of the matrix product's speed",
+            "a whole prompt against the bare products: norms, attention, small layers",
+            "vLLM 0.26 on one H100: 2048-token prompt of Qwen-7B in 49.1 ms against 36 ms of products",
+        ),
+        Constant(
+            "cuda_context",
+            0.5 * GB,
+            "bytes",
+            "CUDA context, kernels and libraries outside the allocator",
+            "transformers 5.17, Qwen-7B bf16 on an H100: 18.59 GB process against 17.66 GB reserved, half of it "
+            "on older cards and drivers",
+        ),
+        Constant(
+            "growing_cache_reserve",
+            0.066,
+            "of allocated",
+            "blocks a growing cache leaves cached and unused in torch's allocator",
+            "transformers 5.17, Qwen-7B bf16, 2048 tokens: 17.66 GB reserved against 16.57 GB allocated",
+        ),
+        Constant(
+            "cublas_workspace",
+            8_519_680.0,
+            "bytes",
+            "cuBLAS workspace per handle and stream before Hopper (2 x 4096 + 8 x 16 KiB)",
+            "PyTorch CUDA semantics, CUBLAS_WORKSPACE_CONFIG default :4096:2:16:8",
+        ),
+        Constant(
+            "cublas_workspace_hopper",
+            32.0 * 2**20,
+            "bytes",
+            "cuBLAS workspace on compute capability 9.0",
+            "comment in PyTorch's CUDABlas, 32 MiB on sm_90",
+        ),
+        Constant(
+            "zero2_buckets",
+            2 * 2e8 * 2,
+            "bytes",
+            "DeepSpeed's reduce and all-gather buckets of the official ZeRO-2 settings",
+            "QwenLM/Qwen finetune/ds_config_zero2.json: reduce_bucket_size = allgather_bucket_size = 2e8 elements",
+        ),
+        Constant(
+            "zero3_live_parameters",
+            1e9,
+            "parameters",
+            "parameters that ZeRO-3 keeps gathered (stage3_max_live_parameters), 2 bytes each",
+            "QwenLM/Qwen finetune/ds_config_zero3.json",
+        ),
+        Constant(
+            "zero3_sub_group",
+            1e9,
+            "parameters",
+            "parameters that ZeRO-3 updates at once; the update holds two float32 temporaries of them",
+            "QwenLM/Qwen finetune/ds_config_zero3.json (sub_group_size); torch AdamW, foreach form",
+        ),
+        Constant(
+            "gptq_dequantize_bytes",
+            5.0,
+            "bytes per weight of the largest layer",
+            "temporaries of AutoGPTQ's PyTorch dequantization: the int32 shift and its int8 copy",
+            "AutoGPTQ 0.7.1 nn_modules/qlinear/qlinear_cuda_old.py",
+        ),
+        Constant(
+            "gptq_dequantize_traffic",
+            21.0,
+            "bytes per weight and pass",
+            "the same chain reads and writes 16.5 bytes per weight, at 0.8 of the speed of a plain read",
+            "AutoGPTQ 0.7.1 nn_modules/qlinear/qlinear_cuda_old.py, operations counted",
+        ),
+        Constant(
+            "vllm_unpack",
+            0.55e-12,
+            "s per weight (A100)",
+            "time vLLM's Int4 kernels take beyond reading the weights",
+            "vLLM 0.26, Qwen-7B Int4 on one H100: 220.3 tokens/s, 4.54 ms against 3.5 ms for bytes and layer overhead",
+        ),
+        Constant(
+            "nccl_latency",
+            30e-6,
+            "s",
+            "one small all-reduce between the GPUs of a host",
+            "NCCL tests, small messages over NVLink, 20 to 40 us",
+        ),
+        Constant(
+            "link_share",
+            0.8,
+            "of the link",
+            "share of a link's one-direction bandwidth that large collectives reach",
+            "NCCL tests: about 230 GB/s bus bandwidth of 300 GB/s on A100 NVLink",
+        ),
+    )
+}
+
+# What this project's own engine and trainer commit to. Not fitted: goals until a record in measurements/ replaces them.
+GOALS: dict[str, Constant] = {
+    c.name: c
+    for c in (
+        Constant(
+            "qwenfit_layer_overhead",
+            18e-6,
+            "s per layer and step",
+            "gaps between the few fused kernels of a decode step in a CUDA graph",
+            "goal: 190 tokens/s for Qwen-7B bf16 and 665 for Qwen-1.8B on an H100 whose measured read is 3.10 TB/s",
+        ),
+        Constant(
+            "qwenfit_prefill_share",
+            0.88,
+            "of the matrix product's speed",
+            "prompt processing with fused neighbours",
+            "goal: 42 ms for a 2048-token prompt of Qwen-7B on an H100",
+        ),
+        Constant(
+            "qwenfit_train_share",
+            0.72,
+            "of the matrix product's speed",
+            "finetuning step with fused norm, rotary, loss and adapters",
+            "goal: 3.2 s for 8 x 4096 tokens, LoRA on Qwen-7B, H100 (floor 1.98 s)",
+        ),
+        Constant(
+            "qwenfit_cpu_bandwidth_share",
+            0.60,
+            "of the measured read",
+            "decode on a CPU with 4-bit weights; 16-bit weights reach about 0.9",
+            "goal: 0.9 of llama.cpp's tokens/s",
+        ),
+    )
+}
+
+
+def fitted(name: str) -> float:
+    """The value of a fitted constant, in its unit."""
+    return FITTED[name].value
+
+
+def read(name: str) -> float:
+    """The value of a constant read elsewhere, in its unit."""
+    return READ[name].value
+
+
+def goal(name: str) -> float:
+    """The value of one of this project's goals, in its unit."""
+    return GOALS[name].value

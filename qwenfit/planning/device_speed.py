@@ -1,0 +1,48 @@
+"""What a device really reaches: bytes/s when reading weights, FLOP/s in large products, bytes/s over its links."""
+
+from __future__ import annotations
+
+from qwenfit.errors import UsageError
+from qwenfit.hardware import Device, Hardware
+from qwenfit.planning.constants import read
+from qwenfit.planning.stack import Stack
+
+# Share of the peak bandwidth that a plain read was measured to reach, by card.
+MEASURED_READ_SHARE = {
+    "A100-SXM4-80GB": 0.834,  # about 1,700 of 2,039 GB/s at 330 W (gpt-fast README @32971d3)
+    "H100-SXM5-80GB": 0.925,  # 3.10 of 3.352 TB/s, a large sum (our measurement, driver 580, torch 2.11)
+}
+READ_SHARE = 0.88  # cards that nobody measured: the mean of the above
+A100_FP32_FLOPS = 19.5e12  # the card that the unpacking time was fitted on
+
+
+def read_bandwidth(device: Device, stack: Stack) -> float:
+    """Bytes/s at which a stack's matrix-vector products read weights."""
+    if device.kind == "cpu":
+        return device.bandwidth if device.detected and not device.bandwidth_estimated else device.bandwidth * READ_SHARE
+    if stack.bandwidth_share is not None:
+        return device.bandwidth * stack.bandwidth_share
+    return device.bandwidth * MEASURED_READ_SHARE.get(device.name, READ_SHARE)
+
+
+def matmul_flops(device: Device, precision: str) -> float:
+    """FLOP/s of large products in the precision's compute type: 16-bit for int8 and int4 weights."""
+    wanted = {"fp32": ("fp32",), "fp16": ("fp16", "fp32"), "bf16": ("bf16", "fp16", "fp32")}
+    for dtype in wanted.get(precision, ("fp16", "bf16", "fp32")):
+        if dtype in device.flops:
+            return device.flops[dtype] * read("matmul_share")
+    raise UsageError(f"The arithmetic speed of {device.name} is not known, so its speed cannot be planned.")
+
+
+def unpack_time(device: Device, stack: Stack) -> float:
+    """Seconds to unpack one quantized weight: fitted on an A100, scaled by the plain cores' speed."""
+    return stack.unpack * A100_FP32_FLOPS / device.flops.get("fp32", A100_FP32_FLOPS)
+
+
+def link_bandwidth(hardware: Hardware) -> float:
+    """Bytes/s of the slowest link between the devices, one direction, that large collectives reach."""
+    inside = hardware.device.link_bandwidth or 16e9  # PCIe 3.0 x16 where a card's link is not known
+    if hardware.nodes > 1:
+        network = hardware.network_bandwidth or 12.5e9  # 100 Gb/s Ethernet when not given
+        return min(inside, network) * read("link_share")
+    return inside * read("link_share")

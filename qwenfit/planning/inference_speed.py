@@ -1,0 +1,125 @@
+"""Speed of inference: time to first token and decode tokens/s, as the slowest of host, memory, compute and link."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwenfit.config import ModelConfig
+from qwenfit.hardware import Hardware
+from qwenfit.planning.constants import goal, read
+from qwenfit.planning.device_speed import link_bandwidth, matmul_flops, read_bandwidth, unpack_time
+from qwenfit.planning.inference_memory import kv_bytes_per_token
+from qwenfit.planning.stack import Stack
+from qwenfit.planning.task import Inference
+from qwenfit.planning.types import BANDWIDTH, COMPUTE, HOST, LINK, Interval, Speed
+from qwenfit.planning.weights import quantized_parameters, weight_bytes
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one decode step by cause; `memory` includes unpacking and the gaps between kernels."""
+
+    memory: float
+    compute: float
+    host: float
+    link: float
+
+    @property
+    def total(self) -> float:
+        return max(self.memory, self.compute, self.host) + self.link
+
+    @property
+    def bound(self) -> str:
+        slowest = max(self.memory, self.compute, self.host)
+        if self.link > slowest:
+            return LINK
+        return BANDWIDTH if slowest == self.memory else COMPUTE if slowest == self.compute else HOST
+
+
+def decode_flops(config: ModelConfig) -> int:
+    """Floating-point operations per generated token in linear layers and head (two per weight)."""
+    return 2 * (quantized_parameters(config) + config.embedding_parameters)
+
+
+def decode_step(
+    config: ModelConfig,
+    hardware: Hardware,
+    task: Inference,
+    precision: str,
+    stack: Stack,
+    parallel: str,
+    host_factor: float = 1.0,
+) -> StepTime:
+    """One decode step of all requests at their mean context (prompt + half the answer).
+
+    Layers placed one after the other take turns, so several devices are no faster than one; tensor parallel divides
+    the bytes and adds two all-reduces per layer.
+    """
+    device = hardware.device
+    shards = hardware.world_size if parallel == "tensor" else 1
+    weights = weight_bytes(config, precision, stack.name).read_per_token(config.tie_word_embeddings)
+    mean_context = task.prompt + task.generate / 2
+    kv = task.batch * mean_context * kv_bytes_per_token(config, task.kv_cache, stack)
+    quantized = quantized_parameters(config) if precision in ("int8", "int4") else 0
+    bandwidth = _decode_bandwidth(hardware, stack, precision)
+    memory = (weights + kv) / bandwidth / shards + quantized * unpack_time(device, stack) / shards
+    memory += config.num_layers * stack.layer_overhead * (1 if device.kind != "cpu" else 0)
+    compute = decode_flops(config) * task.batch / matmul_flops(device, precision) / shards
+    per_layer = stack.decode_host_int4 if precision == "int4" else stack.decode_host
+    host = config.num_layers * per_layer * host_factor
+    link = 0.0
+    if parallel == "tensor":
+        message = task.batch * 2 * config.hidden_size
+        link = 2 * config.num_layers * (read("nccl_latency") + 2 * message / link_bandwidth(hardware))
+    return StepTime(memory, compute, host, link)
+
+
+def _decode_bandwidth(hardware: Hardware, stack: Stack, precision: str) -> float:
+    bandwidth = read_bandwidth(hardware.device, stack)
+    if hardware.device.kind == "cpu" and precision in ("int8", "int4"):
+        bandwidth *= goal("qwenfit_cpu_bandwidth_share")
+    return bandwidth
+
+
+def prefill_seconds(
+    config: ModelConfig,
+    hardware: Hardware,
+    prompt: int,
+    precision: str,
+    stack: Stack,
+    parallel: str,
+    host_factor: float = 1.0,
+) -> float:
+    """Seconds until the first token of one prompt alone: products, causal attention, one decode-like pass at least."""
+    shards = hardware.world_size if parallel == "tensor" else 1
+    linear = 2 * quantized_parameters(config) * prompt + 2 * config.embedding_parameters
+    attention = 2 * config.num_layers * config.q_size * prompt * prompt
+    compute = (linear + attention) / (matmul_flops(hardware.device, precision) * stack.prefill_share) / shards
+    alone = Inference(prompt=1, generate=1, batch=1)
+    least = decode_step(config, hardware, alone, precision, stack, parallel, host_factor).total
+    return max(compute, least)
+
+
+def inference_speed(
+    config: ModelConfig,
+    hardware: Hardware,
+    task: Inference,
+    precision: str,
+    stack: Stack,
+    parallel: str,
+    host_factor: float = 1.0,
+) -> Speed:
+    """Decode speed of all requests together and of one, and the time to first token of one prompt."""
+    step = decode_step(config, hardware, task, precision, stack, parallel, host_factor)
+    first = prefill_seconds(config, hardware, task.prompt, precision, stack, parallel, host_factor)
+    per_request = 1 / step.total
+    total = per_request * task.batch
+    return Speed(
+        bound=step.bound,
+        tokens_per_s=total,
+        interval=Interval(total * (1 - stack.speed_error), total * (1 + stack.speed_error)),
+        tokens_per_s_per_request=per_request,
+        time_to_first_token=first,
+        prompt_tokens_per_s=task.prompt / first,
+        terms={"memory": step.memory, "compute": step.compute, "host": step.host, "link": step.link},
+    )

@@ -1,0 +1,271 @@
+"""plan(): one Plan from a model, hardware and a task."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+from qwenfit.catalog import find_model
+from qwenfit.config import ModelConfig
+from qwenfit.errors import UsageError
+from qwenfit.hardware import Device, Hardware, capability_notes, find_device
+from qwenfit.planning.command import command_for
+from qwenfit.planning.finetune_memory import finetune_memory, zero_stage
+from qwenfit.planning.finetune_speed import finetune_speed
+from qwenfit.planning.inference_memory import inference_memory, uses_flash_attention
+from qwenfit.planning.inference_speed import inference_speed
+from qwenfit.planning.stack import Stack, get_stack
+from qwenfit.planning.task import (
+    FINETUNE_METHODS,
+    PRECISIONS,
+    TASKS,
+    Finetune,
+    Inference,
+    Task,
+    check_choice,
+    check_count,
+)
+from qwenfit.planning.types import DOES_NOT_FIT, FITS, TIGHT, Memory, Plan
+from qwenfit.planning.weights import check_tensor_parallel, native_precision
+
+TIGHT_SHARE = 0.95  # of the usable memory: above it the plan's own uncertainty could make the run fail
+MAX_DEVICES = 4096
+INFERENCE_FIELDS = ("prompt", "generate", "batch", "shared_prefix", "kv_cache", "flash_attention")
+FINETUNE_FIELDS = (
+    "seq_len",
+    "micro_batch",
+    "grad_accum",
+    "lora_rank",
+    "optimizer",
+    "checkpointing",
+    "fused_loss",
+    "zero",
+)
+
+
+def plan(
+    model: str | ModelConfig,
+    task: str | Task = "inference",
+    *,
+    gpu: str | Device | None = None,
+    gpus: int = 1,
+    nodes: int = 1,
+    network_gbps: float | None = None,
+    precision: str | None = None,
+    stack: str = "qwenfit",
+    parallel: str | None = None,
+    context: int | None = None,
+    host_factor: float = 1.0,
+    advise: bool = True,
+    **sizes: Any,
+) -> Plan:
+    """The memory, speed, verdict and command of `model` doing `task` on `gpus` devices on each of `nodes` hosts.
+
+    `gpu` None plans for this machine's fastest device. `context` sets prompt + generate for inference (the answer
+    keeps its length where it fits) and seq_len for finetuning. `sizes` are the fields of Inference or Finetune.
+    `host_factor` is this host's launch time relative to the guide's host (2 = twice as slow).
+    Raises UsageError, NotFound or BadFile with one sentence; a plan that does not fit is returned, not raised.
+    """
+    config = _resolve(model) if isinstance(model, str) else model
+    the_stack = get_stack(stack)
+    the_task = task if isinstance(task, Inference | Finetune) else make_task(task, context, sizes)
+    hardware = _hardware(gpu, gpus, nodes, network_gbps)
+    chosen, notes = choose_precision(config, the_task, hardware.device, precision)
+    if isinstance(the_task, Inference):
+        the_task = _usable_cache(the_task, chosen, hardware.device)
+    _check_context(config, the_task)
+    made = build_plan(config, hardware, the_task, chosen, the_stack, parallel, host_factor, notes, spec=_spec(model))
+    if not advise:
+        return made
+    from qwenfit.planning.advice import advice_for
+
+    return replace(made, advice=advice_for(made, host_factor))
+
+
+def _resolve(spec: str) -> ModelConfig:
+    """The catalog's model for a bare name (quick: no file reader is imported), else whatever `spec` names."""
+    if not os.path.exists(spec) and (config := find_model(spec)) is not None:
+        return config
+    from qwenfit.checkpoint.resolve import resolve_model
+
+    return resolve_model(spec)
+
+
+def _spec(model: str | ModelConfig) -> str:
+    return model if isinstance(model, str) else model.name
+
+
+def make_task(name: str, context: int | None, sizes: dict[str, Any]) -> Task:
+    """An Inference or Finetune from a task name and its sizes; UsageError for a size the task does not have."""
+    check_choice("task", name, TASKS)
+    sizes = {key: value for key, value in sizes.items() if value is not None}
+    allowed = FINETUNE_FIELDS if name in FINETUNE_METHODS else INFERENCE_FIELDS
+    for key in sizes:
+        if key not in allowed:
+            raise UsageError(f"The task {name} has no {key}.", f"It has {', '.join(allowed)}.")
+    if context is not None:
+        check_count("context", context, least=2)
+        if name in FINETUNE_METHODS:
+            sizes["seq_len"] = context
+        elif "prompt" in sizes and "generate" not in sizes:
+            sizes["generate"] = context - sizes["prompt"]
+        else:
+            sizes.setdefault("generate", min(2048, context - 1))
+            sizes["prompt"] = context - sizes["generate"]
+    if name in FINETUNE_METHODS:
+        return Finetune(method=name, **sizes)
+    return Inference(**sizes)
+
+
+def _hardware(gpu: str | Device | None, gpus: int, nodes: int, network_gbps: float | None) -> Hardware:
+    check_count("gpus", gpus)
+    check_count("nodes", nodes)
+    if gpus * nodes > MAX_DEVICES:
+        raise UsageError(f"{gpus * nodes} devices are more than the {MAX_DEVICES} that a plan handles.")
+    if network_gbps is not None and not 0 < network_gbps <= 1e5:
+        raise UsageError(f"network_gbps must be between 0 and 100000 Gb/s, not {network_gbps}.")
+    device = this_device() if gpu is None else find_device(gpu) if isinstance(gpu, str) else gpu
+    if device.kind == "cpu" and gpus * nodes > 1:
+        raise UsageError("A plan on CPUs is for one machine.", "Leave --gpus and --nodes at 1.")
+    network = None if network_gbps is None else network_gbps * 1e9 / 8
+    return Hardware(device, gpus, nodes, network)
+
+
+def this_device() -> Device:
+    """The device a plan uses when none is named: the detected GPU with the most free memory, else this CPU."""
+    from qwenfit.detect import detect_hardware
+
+    devices = detect_hardware()
+    gpus = [d for d in devices if d.kind != "cpu"]
+    return max(gpus or devices, key=lambda d: d.usable_bytes)
+
+
+def choose_precision(config: ModelConfig, task: Task, device: Device, asked: str | None) -> tuple[str, tuple[str, ...]]:
+    """The precision to plan, and why it is not the asked or stored one where it is not."""
+    notes: list[str] = list(capability_notes(device))
+    if asked is not None:
+        check_choice("precision", asked, PRECISIONS)
+    if isinstance(task, Finetune) and task.method == "qlora":
+        wanted = asked or (native_precision(config) if config.quantization else "int4")
+        if wanted not in ("int8", "int4"):
+            raise UsageError(f"Q-LoRA trains adapters on int8 or int4 weights, not {wanted}.", "Use --task lora.")
+        return wanted, tuple(notes)
+    wanted = asked or native_precision(config)
+    if isinstance(task, Finetune) and wanted in ("int8", "int4"):
+        if asked is not None or config.quantization is not None:
+            raise UsageError(
+                f"{wanted} weights cannot be trained by {task.method}.", "Use --task qlora, or a 16-bit checkpoint."
+            )
+        wanted = "bf16"
+    if wanted == "bf16" and not device.bf16 and device.kind != "cpu":
+        wanted = "fp16"
+    return wanted, tuple(notes)
+
+
+def _usable_cache(task: Inference, precision: str, device: Device) -> Inference:
+    if task.kv_cache == "bf16" and (precision == "fp16" or (not device.bf16 and device.kind != "cpu")):
+        return replace(task, kv_cache="fp16")
+    return task
+
+
+def _check_context(config: ModelConfig, task: Task) -> None:
+    tokens = task.context if isinstance(task, Inference) else task.seq_len
+    # The guide's own runs put one token of context before the answer: its 8,192 tokens are 8,193 positions.
+    if tokens > config.context_length + 1:
+        more = (
+            "" if config.yarn or config.architecture == "qwen1" else " (a YaRN rope_scaling in config.json extends it)"
+        )
+        raise UsageError(
+            f"{config.name} is made for {config.context_length} tokens of context, not {tokens}{more}.",
+            f"Ask for --context {config.context_length} or less.",
+        )
+
+
+def choose_parallel(
+    config: ModelConfig, hardware: Hardware, task: Task, precision: str, stack: Stack, asked: str | None
+) -> str:
+    """How several devices share the work: as asked, else what the stack does."""
+    if isinstance(task, Finetune):
+        if asked is not None:
+            raise UsageError("Finetuning over several GPUs is chosen by --zero (0, 2 or 3), not --parallel.")
+        if hardware.world_size == 1:
+            return "single"
+        return {0: "data", 2: "zero2", 3: "zero3"}[zero_stage(task, stack, hardware.world_size)]
+    if asked is not None:
+        check_choice("parallel", asked, ("layers", "tensor"))
+    if hardware.world_size == 1:
+        return "single"
+    if asked == "tensor":
+        check_tensor_parallel(config, hardware.world_size, precision)
+        return "tensor"
+    if hardware.world_size > config.num_layers:
+        raise UsageError(f"{config.name} has {config.num_layers} layers, fewer than {hardware.world_size} devices.")
+    if asked is None and stack.tensor_parallel:
+        try:
+            check_tensor_parallel(config, hardware.world_size, precision)
+        except UsageError:
+            return "layers"
+        return "tensor"
+    return "layers"
+
+
+def build_plan(
+    config: ModelConfig,
+    hardware: Hardware,
+    task: Task,
+    precision: str,
+    stack: Stack,
+    parallel: str | None = None,
+    host_factor: float = 1.0,
+    notes: tuple[str, ...] = (),
+    spec: str = "",
+) -> Plan:
+    """The arithmetic, with everything decided: no detection, no files."""
+    way = choose_parallel(config, hardware, task, precision, stack, parallel)
+    if isinstance(task, Inference):
+        devices = inference_memory(config, hardware, task, precision, stack, way)
+        speed = inference_speed(config, hardware, task, precision, stack, way, host_factor)
+        notes += _cache_notes(task, stack, hardware.device)
+    else:
+        stage = zero_stage(task, stack, hardware.world_size)
+        devices = finetune_memory(config, hardware, task, precision, stack, stage)
+        speed = finetune_speed(config, hardware, task, precision, stack, stage, host_factor)
+    fullest = max(devices, key=lambda m: m.process)
+    capacity = hardware.device.usable_bytes
+    made = Plan(
+        model=config,
+        hardware=hardware,
+        task=task,
+        precision=precision,
+        stack=stack.name,
+        parallel=way,
+        memory=fullest,
+        memory_per_device=devices,
+        speed=speed,
+        verdict=verdict(fullest, capacity, stack),
+        capacity=capacity,
+        command="",
+        spec=spec or config.name,
+        notes=notes,
+    )
+    return replace(made, command=command_for(made))
+
+
+def verdict(memory: Memory, capacity: int, stack: Stack) -> str:
+    """fits, tight (less than 5 % left) or does not fit. vLLM must fit into its share of the card."""
+    if stack.utilization is not None:
+        return FITS if memory.process <= stack.utilization * capacity * 1.02 else DOES_NOT_FIT
+    if memory.process > capacity:
+        return DOES_NOT_FIT
+    return TIGHT if memory.process > TIGHT_SHARE * capacity else FITS
+
+
+def _cache_notes(task: Inference, stack: Stack, device: Device) -> tuple[str, ...]:
+    if task.kv_cache == "int8" and not stack.kv_int8_with_flash:
+        return (
+            f"{stack.name}: the int8 KV cache switches FlashAttention off (a limit of that software, not of the idea).",
+        )
+    if not uses_flash_attention(task, stack, device) and device.kind == "gpu":
+        return (f"{stack.name} runs without FlashAttention here.",)
+    return ()

@@ -1,0 +1,127 @@
+"""Whose software runs it: what each stack does with cache, logits, loss and the host, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwenfit.errors import UsageError, nearest
+from qwenfit.planning.constants import fitted, goal, read
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The properties of one software stack that a plan depends on."""
+
+    name: str
+    what: str
+    cache_copies: float  # times the KV cache exists at its peak
+    last_token_logits: bool  # prompt logits for the last position only
+    paged: bool  # prefixes can be shared, the cache is sized once
+    kv_int8_with_flash: bool  # int8 cache and FlashAttention work together
+    decode_host: float  # s per layer and step, launched from Python (0: CUDA graphs)
+    decode_host_int4: float
+    layer_overhead: float  # s per layer and step on the device, added to the time of the bytes
+    bandwidth_share: float | None  # of peak; None: what a plain read of that card was measured to reach
+    unpack: float  # s per quantized weight on an A100, scaled by bandwidth to other cards
+    prefill_share: float  # of a large matrix product's speed
+    train_share: float  # of a large matrix product's speed
+    train_host: float  # s per layer and micro-batch
+    fused_loss: bool
+    memory_error: float  # relative half-width of the memory interval
+    speed_error: float  # relative half-width of the speed interval
+    utilization: float | None = None  # vLLM: share of the card that the process takes
+    tensor_parallel: bool = False
+
+
+STACKS: dict[str, Stack] = {
+    s.name: s
+    for s in (
+        Stack(
+            name="qwenfit",
+            what="this project's engine and trainer",
+            cache_copies=1.0,
+            last_token_logits=True,
+            paged=True,
+            kv_int8_with_flash=True,
+            decode_host=0.0,
+            decode_host_int4=0.0,
+            layer_overhead=goal("qwenfit_layer_overhead"),
+            bandwidth_share=None,
+            unpack=0.0,
+            prefill_share=goal("qwenfit_prefill_share"),
+            train_share=goal("qwenfit_train_share"),
+            train_host=0.0,
+            fused_loss=True,
+            memory_error=0.02,
+            speed_error=0.10,
+            tensor_parallel=False,
+        ),
+        Stack(
+            name="transformers-4.3x",
+            what="the guide's software: Qwen-1 remote code, AutoGPTQ, PEFT, DeepSpeed",
+            cache_copies=2.0,
+            last_token_logits=False,
+            paged=False,
+            kv_int8_with_flash=False,
+            decode_host=fitted("host_decode_2023"),
+            decode_host_int4=fitted("host_decode_2023_int4"),
+            layer_overhead=0.0,
+            bandwidth_share=fitted("bandwidth_share_2023"),
+            unpack=fitted("unpack_2023"),
+            prefill_share=read("prefill_share"),
+            train_share=1.0,  # element-wise work is counted apart, through activation_traffic
+            train_host=fitted("host_train_2023"),
+            fused_loss=False,
+            memory_error=0.05,
+            speed_error=0.20,
+        ),
+        Stack(
+            name="transformers-5",
+            what="transformers 5 with PEFT: growing cache, last-token logits",
+            cache_copies=1.0,
+            last_token_logits=True,
+            paged=False,
+            kv_int8_with_flash=False,
+            decode_host=fitted("host_decode_2023"),
+            decode_host_int4=fitted("host_decode_2023_int4"),
+            layer_overhead=0.0,
+            bandwidth_share=None,
+            unpack=fitted("unpack_2023"),
+            prefill_share=read("prefill_share"),
+            train_share=1.0,
+            train_host=fitted("host_train_2023"),
+            fused_loss=False,
+            memory_error=0.05,
+            speed_error=0.30,
+        ),
+        Stack(
+            name="vllm",
+            what="vLLM: a pool of utilization x card, paged cache, CUDA graphs",
+            cache_copies=1.0,
+            last_token_logits=True,
+            paged=True,
+            kv_int8_with_flash=True,  # its 8-bit cache is fp8
+            decode_host=0.0,
+            decode_host_int4=0.0,
+            layer_overhead=fitted("vllm_layer_overhead"),
+            bandwidth_share=None,
+            unpack=read("vllm_unpack"),
+            prefill_share=read("prefill_share"),
+            train_share=1.0,
+            train_host=0.0,
+            fused_loss=False,
+            memory_error=0.05,
+            speed_error=0.25,
+            utilization=0.9,
+            tensor_parallel=True,
+        ),
+    )
+}
+
+
+def get_stack(name: str) -> Stack:
+    """The stack of that name; UsageError with the nearest names otherwise."""
+    if name not in STACKS:
+        near = nearest(name, list(STACKS)) or list(STACKS)
+        raise UsageError(f"There is no stack named {name!r}.", f"Known stacks: {', '.join(near)}.")
+    return STACKS[name]

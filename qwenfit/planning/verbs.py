@@ -1,0 +1,137 @@
+"""What `qwenfit plan` does with its options: one plan, everything that fits, or a reverse question."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from qwenfit.errors import DoesNotFit, UsageError
+from qwenfit.hardware import Device, find_device
+from qwenfit.planning.planner import FINETUNE_FIELDS, INFERENCE_FIELDS, make_task, plan, this_device
+from qwenfit.planning.render import plan_text, plans_table, size
+from qwenfit.planning.search import (
+    best_fit,
+    best_precision,
+    biggest_batch,
+    cards_that_fit,
+    longest_sample,
+    most_context,
+    what_fits,
+)
+from qwenfit.planning.task import Finetune
+from qwenfit.planning.types import Plan
+
+Echo = Callable[[str], None]
+FITS, DOES_NOT = 0, DoesNotFit.exit_code
+
+
+def chosen_device(gpu: str | None, measure: bool) -> Device:
+    """The device an option names ("cpu": this machine's), with its bandwidth measured where asked."""
+    from qwenfit.detect import cpu_host, measure_bandwidth
+    from qwenfit.hardware import with_bandwidth
+
+    device = this_device() if gpu is None else cpu_host() if gpu.lower() == "cpu" else find_device(gpu)
+    if measure:
+        if not (device.detected and device.kind == "cpu"):
+            raise UsageError(
+                "Only this machine's CPU bandwidth can be measured by a plan.", "qwenfit bench decode MODEL"
+            )
+        device = with_bandwidth(device, measure_bandwidth())
+    return device
+
+
+def _plan(model: str, options: dict[str, Any], advise: bool = True) -> Plan:
+    options = dict(options)
+    device = chosen_device(options.pop("gpu"), options.pop("measure_bandwidth"))
+    return plan(model, options.pop("task"), gpu=device, advise=advise, **options)
+
+
+def plan_one(model: str, options: dict[str, Any], form: str, colour: bool, echo: Echo) -> int:
+    """Prints one plan; returns 0, or 3 when it does not fit."""
+    made = _plan(model, options)
+    if form == "json":
+        echo(json.dumps(made.to_dict(), indent=2, ensure_ascii=False))
+    elif form == "text":
+        echo(plan_text(made, colour))
+    else:
+        echo(plans_table([made], form))
+    return FITS if made.fits else DOES_NOT
+
+
+def plan_everything(options: dict[str, Any], form: str, echo: Echo) -> int:
+    """Prints the table of every dense Qwen in every precision on this hardware, and the best that fits."""
+    options = dict(options)
+    device = chosen_device(options.pop("gpu"), options.pop("measure_bandwidth"))
+    sizes = {key: options[key] for key in (*INFERENCE_FIELDS, *FINETUNE_FIELDS)}
+    task = make_task(options["task"], options["context"], sizes)
+    plans = what_fits(device, task, options["stack"], options["gpus"])
+    if form == "json":
+        echo(json.dumps([p.to_dict() for p in plans], indent=2, ensure_ascii=False))
+        return FITS
+    shown = sorted((p for p in plans if p.fits), key=lambda p: (-p.model.parameters, p.model.name))
+    echo(plans_table(shown, form))
+    if form == "text":
+        what = f"{len(shown)} of {len(plans)} combinations of model and precision fit"
+        echo(f"\n{what} {options['gpus']} x {device.name} ({size(device.usable_bytes)} each).")
+        if (best := best_fit(plans)) is not None:
+            echo(
+                f"The largest: {best.model.name} in {best.precision}. Its plan: qwenfit plan {best.model.name} "
+                f"--precision {best.precision}"
+            )
+    return FITS if shown else DOES_NOT
+
+
+def answer(model: str, find: str, options: dict[str, Any], form: str, echo: Echo) -> int:
+    """Answers a reverse question: the most context, batch or sample length here, or the cards or precision that fit."""
+    made = _plan(model, options, advise=False)
+    if find == "gpu":
+        plans = cards_that_fit(made)
+        echo(json.dumps([p.to_dict() for p in plans], indent=2) if form == "json" else plans_table(plans, form))
+        return FITS if plans else DOES_NOT
+    if find == "precision":
+        best = best_precision(made)
+        if best is None:
+            echo(f"{made.model.name} fits {made.hardware.device.name} in no precision for this task.")
+            return DOES_NOT
+        return _show_answer(best, "precision", best.precision, form, echo)
+    largest = _largest(made, find)
+    if not largest:
+        echo(f"{made.model.name} in {made.precision} does not fit {made.hardware.device.name} at any {find}.")
+        return DOES_NOT
+    return _show_answer(_at(made, find, largest), find, largest, form, echo)
+
+
+def _largest(made: Plan, find: str) -> int:
+    if find == "batch":
+        return biggest_batch(made)
+    if find == "seq-len" or isinstance(made.task, Finetune):
+        return longest_sample(made)
+    return most_context(made)
+
+
+def _at(made: Plan, find: str, value: int) -> Plan:
+    from qwenfit.planning.search import replan
+
+    task = made.task
+    if isinstance(task, Finetune):
+        longer = replace(task, micro_batch=value) if find == "batch" else replace(task, seq_len=value)
+        return replan(made, task=longer)
+    if find == "batch":
+        return replan(made, task=replace(task, batch=value))
+    generate = min(task.generate, value - 1) or 1
+    return replan(made, task=replace(task, prompt=max(1, value - generate), generate=generate, shared_prefix=0))
+
+
+def _show_answer(found: Plan, find: str, value: int | str, form: str, echo: Echo) -> int:
+    if form == "json":
+        echo(json.dumps({"find": find, "answer": value, "plan": found.to_dict()}, indent=2, ensure_ascii=False))
+        return FITS
+    if form != "text":
+        echo(plans_table([found], form))
+        return FITS
+    number = f"{value:,}" if isinstance(value, int) else value
+    echo(f"{find}: {number}\n")
+    echo(plan_text(found))
+    return FITS
