@@ -13,8 +13,8 @@ from qwenfit.errors import NotFound, UsageError, nearest
 @cache
 def read_csv(name: str) -> tuple[dict[str, str], ...]:
     """The rows of one catalog file, e.g. `models.csv` or `guide/finetune.csv`."""
-    with (files(__name__) / name).open(newline="", encoding="utf-8") as handle:
-        return tuple(csv.DictReader(handle))
+    text = (files(__name__) / name).read_text(encoding="utf-8")
+    return tuple(csv.DictReader(text.splitlines(keepends=True)))
 
 
 def model_names() -> list[str]:
@@ -48,6 +48,7 @@ def get_model(name: str) -> ModelConfig:
     """As `find_model`, but an unknown name raises NotFound with the nearest names."""
     config = find_model(name)
     if config is None:
+        name = name[:80]  # a pasted text is no name
         near = nearest(canonical_name(name), dense_model_names())
         hint = f"Did you mean {', '.join(near)}?" if near else "qwenfit models lists what is known."
         raise NotFound(f"The catalog has no model named {name!r}.", hint)
