@@ -1,0 +1,68 @@
+"""Which kernel multiplies by a weight: the one place that decides, and says why."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from qwenfit.kernels import native
+
+KINDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_ONEDNN_ROWS = 24  # from here on, unpacking to bf16 for oneDNN costs less than it saves
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    name: str
+    reason: str
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_kernel(weight: str, dtype: torch.dtype, rows: int, device: str) -> KernelChoice:
+    """The kernel for a weight of kind "fp32", "fp16", "bf16", "int8" or "int4" on a device type.
+
+    `rows` counts the rows of the activations and `dtype` is theirs.
+    """
+    if device != "cpu":
+        if weight in ("int4", "int8"):
+            return KernelChoice("dequantize", f"no packed kernel for {device}: unpacked in pieces at each use")
+        return KernelChoice("torch", "the vendor's library behind torch.nn.functional.linear")
+    if weight in ("int4", "int8"):
+        return _choose_cpu_packed(weight, dtype, rows)
+    return _choose_cpu_plain(weight, dtype, rows)
+
+
+def _choose_cpu_plain(weight: str, dtype: torch.dtype, rows: int) -> KernelChoice:
+    if weight == "fp32":
+        return KernelChoice("torch", "float32: the BLAS in torch")
+    if weight == "bf16":
+        if native.available() and rows <= native.GEMV_ROWS:
+            return KernelChoice("native gemv", "few rows: bound by memory, which torch reads at half the speed")
+        if dtype == torch.bfloat16 and onednn_bf16():
+            return KernelChoice("torch", "oneDNN with the CPU's bf16 instructions")
+        if native.available():
+            return KernelChoice("native gemm", "widened to float32 in cache-sized panels: no bf16 instructions to use")
+    missing = "" if weight == "fp16" else f"; the faster C kernels are missing: {native.why_not()}"
+    if rows == 1 and weight == KINDS[dtype]:
+        return KernelChoice("torch", f"torch's matrix-vector product{missing}")
+    return KernelChoice("widen", f"pieces of the weight converted to float32 for the BLAS{missing}")
+
+
+def _choose_cpu_packed(weight: str, dtype: torch.dtype, rows: int) -> KernelChoice:
+    if native.available():
+        if rows <= native.GEMV_ROWS:
+            return KernelChoice("native gemv", "few rows: codes are unpacked in registers")
+        if dtype == torch.bfloat16 and rows >= _ONEDNN_ROWS and onednn_bf16():
+            return KernelChoice("unpack", "many rows: unpacked to bf16 in pieces for oneDNN")
+        return KernelChoice("native gemm", "unpacked to float32 in cache-sized panels")
+    missing = f"; the faster C kernels are missing: {native.why_not()}"
+    if weight == "int4" and dtype == torch.bfloat16:
+        return KernelChoice("int4pack", f"torch's int4 kernel{missing}")
+    return KernelChoice("dequantize", f"unpacked in pieces at each use, slow{missing}")
+
+
+@functools.cache
+def onednn_bf16() -> bool:
+    return bool(torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
