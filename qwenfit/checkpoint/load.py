@@ -1,0 +1,189 @@
+"""Load a model: resolve it, check its headers, then stream tensor by tensor into the network's final parameters."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from qwenfit.checkpoint.expected import Parameter
+from qwenfit.checkpoint.names import is_layer_linear
+from qwenfit.checkpoint.random_weights import RandomWeights
+from qwenfit.checkpoint.resolve import resolve_model
+from qwenfit.checkpoint.weights import BLOCK_BYTES, FLOAT_DTYPES, CanonicalWeights, WeightSource
+from qwenfit.checkpoint.weights_gguf import GGUFSource
+from qwenfit.checkpoint.weights_safetensors import SafetensorsSource
+from qwenfit.config import ModelConfig, Quantization
+from qwenfit.errors import NotFound, UsageError
+from qwenfit.model.linear import Linear
+from qwenfit.model.transformer import Transformer
+from qwenfit.quantize.rtn import quantize_rtn
+from qwenfit.quantize.types import QuantizedWeight
+
+FLOAT_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+INT_PRECISIONS = {"int8": 8, "int4": 4}
+GROUP_SIZE = 128  # of weights that are quantized while loading
+
+Progress = Callable[[int, int], None]  # (bytes of the checkpoint done, bytes in all)
+
+
+class Weights(Protocol):
+    """What a model is filled from: a checkpoint's CanonicalWeights, or RandomWeights."""
+
+    def in_file_order(self) -> list[Parameter]: ...
+    def stored_size(self, parameter: Parameter) -> int: ...
+    def read_rows(self, parameter: Parameter, start: int, out: torch.Tensor) -> None: ...
+    def quantized(self, parameter: Parameter) -> QuantizedWeight: ...
+
+
+def load_model(
+    path_or_name: str | Path | ModelConfig,
+    *,
+    precision: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    head_precision: str | None = None,
+    random_weights: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Transformer, ModelConfig]:
+    """The network of a checkpoint folder, a .gguf, a downloaded Hub id or (random weights) a catalog name.
+
+    precision: of the layer linears. "bf16", "fp16", "fp32": plain, also from GPTQ, AWQ and GGUF. "int8", "int4": a
+    GPTQ or AWQ checkpoint of those bits as it is; anything else rounded to nearest in groups of 128. None: as stored.
+    dtype: of activations, embedding, norms and biases; by default that of a float precision, else the checkpoint's.
+    head_precision: None keeps the head in `dtype`; "int8" or "int4" quantizes it, leaving a tied embedding plain.
+    Peak memory is the model plus one tensor. Parameters do not require gradients.
+    Raises NotFound, UsageError, and BadFile for files that are malformed or contradict their config.
+    """
+    config = resolve_model(path_or_name)
+    if not random_weights:
+        config = _with_files(config, str(path_or_name))
+    bits, dtype = _choose(config, precision, dtype)
+    head_bits = _bits(head_precision, "head precision") if head_precision else None
+    weights: Weights
+    if random_weights:
+        quantization = Quantization("gptq", bits, GROUP_SIZE) if bits else None
+        weights = RandomWeights(replace(config, quantization=quantization), seed)
+    else:
+        weights = open_weights(config)
+        weights.check_surplus()
+    model = Transformer(config, dtype, "meta")
+    parameters = weights.in_file_order()
+    total = sum(weights.stored_size(parameter) for parameter in parameters)
+    done = 0
+    for parameter in parameters:
+        _fill(model, weights, parameter, bits, head_bits, torch.device(device))
+        done += weights.stored_size(parameter)
+        if progress is not None:
+            progress(done, total)
+    return model.eval(), config
+
+
+def open_weights(config: ModelConfig) -> CanonicalWeights:
+    """The checked weights of a config that came from files (`config.source`). Raises BadFile or NotFound."""
+    path = Path(config.source)
+    source: WeightSource = GGUFSource(path) if path.suffix.lower() == ".gguf" else SafetensorsSource(path)
+    return CanonicalWeights(source, config)
+
+
+def state_dict(config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Every canonical parameter of a checkpoint, dequantised to `dtype` on the CPU, by canonical name."""
+    weights = open_weights(config)
+    weights.check_surplus()
+    return {p.name: weights.read(p, dtype) for p in weights.in_file_order()}
+
+
+def _with_files(config: ModelConfig, spec: str) -> ModelConfig:
+    """A config whose source is on disk: a catalog name that is also a Hub id may have been downloaded."""
+    if os.path.exists(config.source):
+        return config
+    if re.fullmatch(r"[^/]+/[^/]+", spec):
+        from qwenfit.checkpoint.hub import cached_snapshot
+
+        if (snapshot := cached_snapshot(spec)) is not None:
+            return resolve_model(snapshot)
+    raise NotFound(
+        f"The weights of {spec} are not on this machine.",
+        f"Download them: qwenfit pull {spec}. To measure without them: --random-weights.",
+    )
+
+
+def _choose(config: ModelConfig, precision: str | None, dtype: torch.dtype | None) -> tuple[int | None, torch.dtype]:
+    """(bits of the layer linears or None, compute dtype)."""
+    stored = config.quantization
+    if precision in FLOAT_PRECISIONS:
+        if dtype not in (None, FLOAT_PRECISIONS[precision]):
+            raise UsageError(f"Precision {precision} and a compute type of {dtype} contradict each other.")
+        return None, FLOAT_PRECISIONS[precision]
+    if precision is None:
+        bits = stored.bits if stored else None
+    else:
+        bits = _bits(precision, "precision")
+    if stored and stored.bits != bits:
+        raise UsageError(
+            f"{config.name} holds int{stored.bits} weights, which int{bits} would round a second time.",
+            f"--precision int{stored.bits}, or bf16 to dequantise them.",
+        )
+    return bits, dtype or FLOAT_DTYPES[config.dtype]
+
+
+def _bits(precision: str, what: str) -> int:
+    if precision not in INT_PRECISIONS:
+        known = [*FLOAT_PRECISIONS, *INT_PRECISIONS] if what == "precision" else [*INT_PRECISIONS]
+        raise UsageError(f"There is no {what} {precision!r}.", f"One of {', '.join(known)}.")
+    return INT_PRECISIONS[precision]
+
+
+def _fill(
+    model: Transformer,
+    weights: Weights,
+    parameter: Parameter,
+    bits: int | None,
+    head_bits: int | None,
+    device: torch.device,
+) -> None:
+    """Put one parameter into its place; a tied head that is quantized is made along with the embedding."""
+    name, dtype = parameter.name, model.dtype
+    if name == "lm_head.weight" and head_bits:
+        model.lm_head = Linear.from_quantized(_quantize(weights, parameter, head_bits, device), None, dtype, device)
+    elif is_layer_linear(name) and bits:
+        quantized = weights.quantized(parameter) if parameter.quantized else _quantize(weights, parameter, bits, device)
+        plain = model.get_submodule(parameter.module)
+        assert isinstance(plain, Linear)
+        linear = Linear.from_quantized(quantized, None, dtype, device)
+        linear.bias = plain.bias  # its own turn comes before or after
+        model.set_submodule(parameter.module, linear)
+    else:
+        tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
+        if parameter.quantized:
+            tensor.copy_(weights.quantized(parameter).dequantize(dtype))
+        else:
+            weights.read_rows(parameter, 0, tensor)
+        setattr(model.get_submodule(parameter.module), parameter.suffix, nn.Parameter(tensor, requires_grad=False))
+    if name == "embed_tokens.weight" and model.config.tie_word_embeddings and head_bits:
+        model.lm_head = Linear.from_quantized(_quantize(weights, parameter, head_bits, device), None, dtype, device)
+
+
+def _quantize(weights: Weights, parameter: Parameter, bits: int, device: torch.device) -> QuantizedWeight:
+    """Round a plain weight to nearest, a block of rows at a time, so that it is never whole in 16 or 32 bits."""
+    out_features, in_features = parameter.shape
+    step = min(out_features, max(1, BLOCK_BYTES // (4 * in_features)))
+    block = torch.empty(step, in_features, device=device)
+    groups = -(-in_features // GROUP_SIZE)
+    q = torch.empty(out_features, in_features, dtype=torch.uint8, device=device)
+    scales = torch.empty(out_features, groups, device=device)
+    zeros = torch.empty_like(scales)
+    for start in range(0, out_features, step):
+        rows = slice(start, min(start + step, out_features))
+        part = block[: rows.stop - start]
+        weights.read_rows(parameter, start, part)
+        rounded = quantize_rtn(part, bits, GROUP_SIZE)
+        q[rows], scales[rows], zeros[rows] = rounded.q, rounded.scales, rounded.zeros
+    return QuantizedWeight(bits, min(GROUP_SIZE, in_features), q, scales, zeros)
