@@ -1,0 +1,15 @@
+"""Rotary position embedding on queries and keys (arXiv 2104.09864), in the half-split order of GPT-NeoX."""
+
+from __future__ import annotations
+
+import torch
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate each head of x [tokens, heads, head_dim]; the result has x's dtype.
+
+    cos and sin are float32 [tokens, 1, head_dim]; the first half of `sin` is negated already, so that swapping the
+    halves of x is all that "rotate half" takes. The rotation is float32 whatever x is, as in Qwen-1.
+    """
+    half = x.shape[-1] // 2
+    return torch.addcmul(x * cos, x.roll(half, -1), sin).to(x.dtype)

@@ -1,0 +1,122 @@
+"""The one network: every dense Qwen from Qwen-1 to Qwen3. What differs between them is a field of ModelConfig."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qwenfit.config import ModelConfig
+from qwenfit.kernels.linear import linear
+from qwenfit.kernels.norm import rms_norm
+from qwenfit.model.attention import Attention, Context, FullContext, PagedContext
+from qwenfit.model.batch import Batch
+from qwenfit.model.kv_cache import KVCache
+from qwenfit.model.linear import Linear
+from qwenfit.model.rotary import Angles, Rotary
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width, dtype=dtype, device=device))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        h, m = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = Linear.empty(h, 2 * m, False, dtype, device)
+        self.down_proj = Linear.empty(m, h, False, dtype, device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        out: torch.Tensor = self.down_proj(F.silu(gate) * up)
+        return out
+
+
+class Block(nn.Module):
+    """One pre-norm layer: x += attention(norm(x)); x += mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.self_attn = Attention(config, layer, dtype, device)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.mlp = MLP(config, dtype, device)
+
+    def forward(self, x: torch.Tensor, angles: Angles, context: Context) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), angles, context)
+        out: torch.Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class Transformer(nn.Module):
+    """Token ids to logits. `Transformer(config, dtype, "meta")` allocates nothing, for a loader to fill.
+
+    Parameters carry the canonical names (`checkpoint/names.py`). A layer linear, or `lm_head`, may be replaced by a
+    quantized `Linear`. With tied embeddings `lm_head` is None and the head is the embedding, unless one is put there.
+    """
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        self.rotary = Rotary(config)
+        table = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=table)
+        self.layers = nn.ModuleList(Block(config, i, dtype, device) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear.empty(config.hidden_size, config.vocab_size, False, dtype, device)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+        """One step: hidden states [T, hidden] after the final norm. The step's keys and values enter the cache."""
+        angles = self.rotary.angles(
+            batch.positions, batch.query_lens, batch.ntk_alphas, max(batch.context_lens), self.dtype
+        )
+        step = batch.step(cache.block_size, self.dtype)
+        return self._run(batch.input_ids, angles, PagedContext(cache, step))
+
+    def forward_full(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Whole sequences without a cache, differentiable: hidden states [batch, length, hidden].
+
+        input_ids int64 [batch, length]; attention_mask [batch, length], nonzero where a token is no padding, on
+        either side. Positions do not count padding. In training mode NTK and LogN are off, as in Qwen-1's own code.
+        """
+        rows, length = input_ids.shape
+        mask = None if attention_mask is None else attention_mask.bool()
+        if mask is None:
+            positions = torch.arange(length, device=input_ids.device).expand(rows, length)
+            lengths = [length] * rows
+        else:
+            positions = (mask.cumsum(1) - 1).clamp_(min=0)
+            lengths = mask.sum(1).tolist()
+        alphas = [1.0 if self.training else self.config.ntk_alpha(n) for n in lengths]
+        longest = 0 if self.training else max(lengths)
+        angles = self.rotary.angles(positions.flatten(), [length] * rows, alphas, longest, self.dtype)
+        return self._run(input_ids.flatten(), angles, FullContext(rows, mask)).view(rows, length, -1)
+
+    def _run(self, input_ids: torch.Tensor, angles: Angles, context: Context) -> torch.Tensor:
+        x = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x = layer(x, angles, context)
+        out: torch.Tensor = self.norm(x)
+        return out
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [..., hidden_size] after the final norm -> float32 [..., vocab_size], padding rows included."""
+        if self.lm_head is not None:
+            out: torch.Tensor = self.lm_head(hidden)
+        else:
+            out = linear(hidden, self.embed_tokens.weight, None)
+        return out.float()
