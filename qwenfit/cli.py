@@ -19,7 +19,25 @@ SETTINGS = {
 }
 
 
-@click.group(context_settings=SETTINGS)
+RUNNING = ("chat", "generate", "models", "pull", "ls", "rm", "convert", "bench", "doctor")
+
+
+class LazyGroup(click.Group):
+    """Imports the running verbs only when one of them, or the list of all, is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*super().list_commands(ctx), *RUNNING]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in RUNNING:
+            from qwenfit import cli_run
+
+            command: click.Command = getattr(cli_run, "ls_" if cmd_name == "ls" else cmd_name)
+            return command
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=LazyGroup, context_settings=SETTINGS)
 @click.version_option(__version__)
 def app() -> None:
     """Plan, run, tune and measure Qwen models on your own hardware."""
@@ -100,7 +118,7 @@ def plan(model: str | None, find: str | None, output: str, as_json: bool, **opti
 
     form = "json" if as_json else output
     if model is None:
-        return verbs.plan_everything(options, form, click.echo)
+        return verbs.plan_everything(options, form, _colour(), click.echo)
     if find is not None:
         return verbs.answer(model, find, options, form, click.echo)
     return verbs.plan_one(model, options, form, _colour(), click.echo)

@@ -1,43 +1,71 @@
 """Advice, each with its reason and its own figures: what would make a plan fit, and what would make it better.
 
-The reasons are those of the guide's "Optimization recommendations" and of what is known of each stack.
+The reasons are those of the guide's "Optimization recommendations" and of what is known of each stack. Every figure
+comes from a plan of the changed settings, which `Advice.changes` names, so that anyone can ask for that plan.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
-from qwenfit.errors import UsageError
-from qwenfit.hardware import Hardware
-from qwenfit.planning.search import biggest_batch, cards_that_fit, longest_sample, most_context, replan
-from qwenfit.planning.task import Finetune, Inference, Task
-from qwenfit.planning.types import DOES_NOT_FIT, HOST, LINK, Advice, Plan
+from qwenfit.planning.search import (
+    biggest_batch,
+    cards_that_fit,
+    longest_sample,
+    most_context,
+    sixteen_bit,
+    try_replan,
+)
+from qwenfit.planning.stack import get_stack
+from qwenfit.planning.task import Finetune, Inference
+from qwenfit.planning.types import DOES_NOT_FIT, FITS, HOST, LINK, Advice, Plan
 from qwenfit.planning.weights import BITS
 
 
-def advice_for(plan: Plan, host_factor: float = 1.0) -> tuple[Advice, ...]:
+def advice_for(plan: Plan) -> tuple[Advice, ...]:
     """What to change when it does not fit (each alternative planned, and only those that fit), else what to improve."""
     if plan.verdict == DOES_NOT_FIT:
         return tuple(_ways_to_fit(plan))
-    return tuple(_improvements(plan))
+    if isinstance(plan.task, Inference):
+        return tuple(_faster_inference(plan, plan.task))
+    return tuple(_better_finetuning(plan, plan.task))
 
 
-def _advise(what: str, why: str, plan: Plan, **changes: object) -> Advice:
-    return Advice(what, why, changes, plan.memory.process, plan.speed.tokens_per_s)
+def changes(plan: Plan, other: Plan) -> dict[str, Any]:
+    """The arguments of plan() in which `other` differs from `plan`."""
+    old, new = _arguments(plan), _arguments(other)
+    found = {key: value for key, value in new.items() if old.get(key) != value}
+    if isinstance(other.task, Inference) and {"prompt", "generate"} & set(found):
+        found |= {"prompt": other.task.prompt, "generate": other.task.generate, "context": other.task.context}
+    return found
 
 
-def _try(
-    plan: Plan, task: Task | None = None, precision: str | None = None, hardware: Hardware | None = None
-) -> Plan | None:
-    try:
-        candidate = replan(plan, task=task, precision=precision, hardware=hardware)
-    except UsageError:
-        return None
-    return candidate if candidate.fits else None
+def _arguments(plan: Plan) -> dict[str, Any]:
+    sizes = asdict(plan.task)
+    sizes.pop("method", None)
+    hardware = plan.hardware
+    return sizes | {
+        "task": plan.task.name,
+        "precision": plan.precision,
+        "stack": plan.stack,
+        "gpu": hardware.device.name,
+        "gpus": hardware.gpus,
+        "nodes": hardware.nodes,
+    }
+
+
+def _advise(found: list[Advice], what: str, why: str, plan: Plan, other: Plan | None) -> bool:
+    """Appends the advice to plan `other` instead, if that can be and fits; says whether it did."""
+    if other is None or not other.fits:
+        return False
+    found.append(Advice(what, why, changes(plan, other), other.memory.process, other.speed.tokens_per_s))
+    return True
 
 
 def _ways_to_fit(plan: Plan) -> list[Advice]:
-    found = _inference_ways(plan) if isinstance(plan.task, Inference) else _finetune_ways(plan)
+    task = plan.task
+    found = _inference_ways(plan, task) if isinstance(task, Inference) else _finetune_ways(plan, task)
     found += _more_hardware(plan)
     if not found:
         found.append(
@@ -46,137 +74,158 @@ def _ways_to_fit(plan: Plan) -> list[Advice]:
     return found
 
 
-def _inference_ways(plan: Plan) -> list[Advice]:
-    assert isinstance(plan.task, Inference)
-    task, found = plan.task, []
+def _inference_ways(plan: Plan, task: Inference) -> list[Advice]:
+    found: list[Advice] = []
     int8_cache = replace(task, kv_cache="int8")
-    if task.kv_cache != "int8" and (fitting := _try(plan, int8_cache)):
-        found.append(_advise("quantize the KV cache to int8", "it halves the cache", fitting, kv_cache="int8"))
+    if task.kv_cache != "int8":
+        _advise(found, "quantize the KV cache to int8", "it halves the cache", plan, try_replan(plan, task=int8_cache))
     for precision in ("int8", "int4"):
         if BITS[precision] >= BITS[plan.precision]:
             continue
-        why = f"weights take {BITS[precision] / BITS[plan.precision]:.2g} of the bytes; embedding and head stay 16-bit"
-        if fitting := _try(plan, precision=precision):
-            found.append(_advise(f"use {precision} weights", why, fitting, precision=precision))
-        elif task.kv_cache != "int8" and (fitting := _try(plan, int8_cache, precision)):
+        share = BITS[precision] / BITS[plan.precision]
+        why = f"the layers' weights take {share:.2g} of the bytes; embedding and head stay 16-bit"
+        if _advise(found, f"use {precision} weights", why, plan, try_replan(plan, precision=precision)):
+            continue
+        if task.kv_cache != "int8":
             what = f"use {precision} weights and an int8 KV cache"
-            found.append(_advise(what, why, fitting, precision=precision, kv_cache="int8"))
+            _advise(found, what, why, plan, try_replan(plan, task=int8_cache, precision=precision))
     if (context := most_context(plan)) > 1:
         answer = min(task.generate, context - 1)
         less = replace(task, prompt=context - answer, generate=answer, shared_prefix=0)
-        if fitting := _try(plan, less):
-            found.append(
-                _advise(f"use a context of {context:,} tokens", "the cache shrinks with it", fitting, context=context)
-            )
+        what = f"use a context of {context:,} tokens"
+        _advise(found, what, "the cache shrinks with it", plan, try_replan(plan, task=less))
     if task.batch > 1 and (batch := biggest_batch(plan)):
-        fewer = replan(plan, task=replace(task, batch=batch))
-        found.append(_advise(f"run {batch:,} requests at once", "each has its own cache", fewer, batch=batch))
+        fewer = try_replan(plan, task=replace(task, batch=batch))
+        _advise(found, f"run {batch:,} requests at once", "each has its own cache", plan, fewer)
     return found
 
 
-def _finetune_ways(plan: Plan) -> list[Advice]:
-    assert isinstance(plan.task, Finetune)
-    task, found = plan.task, []
-    if not task.checkpointing and (fitting := _try(plan, replace(task, checkpointing=True))):
-        found.append(
-            _advise("turn gradient checkpointing on", "activations are recomputed", fitting, checkpointing=True)
-        )
-    if task.method in ("full", "lora-emb") and (fitting := _try(plan, replace(task, method="lora", optimizer="fp32"))):
-        found.append(
-            _advise(
-                "train LoRA adapters instead", "gradients and optimizer are for adapters only", fitting, task="lora"
-            )
-        )
-    if task.method != "qlora" and (fitting := _try(plan, replace(task, method="qlora", optimizer="fp32"), "int4")):
+def _finetune_ways(plan: Plan, task: Finetune) -> list[Advice]:
+    found: list[Advice] = []
+    if not task.checkpointing:
+        why = "activations are recomputed: less memory for about a third more time"
+        other = try_replan(plan, task=replace(task, checkpointing=True))
+        _advise(found, "turn gradient checkpointing on", why, plan, other)
+    if plan.hardware.world_size > 1 and plan.parallel != "zero3":
+        why = "it shards the weights too; it needs a fast link, since all of them cross it in every pass"
+        _advise(found, "use ZeRO-3", why, plan, try_replan(plan, task=replace(task, zero=3)))
+    if not (get_stack(plan.stack).fused_loss or task.fused_loss):
+        why = "the logits of the sample are never held as a whole"
+        _advise(found, "fuse the loss", why, plan, try_replan(plan, task=replace(task, fused_loss=True)))
+    if task.method in ("full", "lora-emb"):
+        why = "gradients and optimizer are for adapters only"
+        other = try_replan(plan, task=replace(task, method="lora"))
+        _advise(found, "train LoRA adapters instead", why, plan, other)
+    if task.method != "qlora":
         why = "the base weights are int4; it is slower at short lengths and merges onto the 16-bit base only"
-        found.append(_advise("train with Q-LoRA", why, fitting, task="qlora", precision="int4"))
+        zero = None if task.zero == 3 else task.zero
+        other = try_replan(plan, task=replace(task, method="qlora", zero=zero), precision="int4")
+        _advise(found, "train with Q-LoRA", why, plan, other)
     for optimizer, why in (("bf16", "weights, gradients and moments in bf16"), ("8bit", "8-bit moments")):
-        if task.optimizer == "fp32" and (fitting := _try(plan, replace(task, optimizer=optimizer))):
-            found.append(_advise(f"use the {optimizer} optimizer regime", why, fitting, optimizer=optimizer))
+        if task.optimizer == "fp32":
+            other = try_replan(plan, task=replace(task, optimizer=optimizer))
+            _advise(found, f"use the {optimizer} optimizer regime", why, plan, other)
     if (length := longest_sample(plan)) > 0:
-        shorter = replan(plan, task=replace(task, seq_len=length))
-        found.append(
-            _advise(
-                f"train on {length:,} tokens a sample", "logits and activations shrink with it", shorter, seq_len=length
-            )
-        )
+        why = "logits and activations shrink with it"
+        other = try_replan(plan, task=replace(task, seq_len=length))
+        _advise(found, f"train on {length:,} tokens a sample", why, plan, other)
     if task.micro_batch > 1 and (size := biggest_batch(plan)):
-        smaller = replan(plan, task=replace(task, micro_batch=size))
-        found.append(
-            _advise(f"use micro-batches of {size}", "accumulate more steps instead", smaller, micro_batch=size)
-        )
+        other = try_replan(plan, task=replace(task, micro_batch=size))
+        _advise(found, f"use micro-batches of {size}", "accumulate more steps instead", plan, other)
     return found
 
 
 def _more_hardware(plan: Plan) -> list[Advice]:
-    found = []
+    found: list[Advice] = []
     device = plan.hardware.device
-    if device.kind != "cpu":
+    if device.kind not in ("cpu", "unified"):
         for gpus in (2, 4, 8):
             if gpus <= plan.hardware.gpus:
                 continue
-            if fitting := _try(plan, hardware=replace(plan.hardware, gpus=gpus)):
-                why = f"each holds a part ({fitting.parallel})"
-                found.append(_advise(f"use {gpus} x {device.name}", why, fitting, gpus=gpus))
+            more = try_replan(plan, hardware=replace(plan.hardware, gpus=gpus))
+            why = f"each holds a part ({more.parallel})" if more else ""
+            if _advise(found, f"use {gpus} x {device.name}", why, plan, more):
                 break
-    single = [p for p in cards_that_fit(plan) if p.hardware.gpus == 1]
-    if single:
-        best = single[0]
-        why = "the cheapest single card of the catalog that holds it"
-        found.append(_advise(f"use one {best.hardware.device.name}", why, best, gpu=best.hardware.device.name))
+    cards = cards_that_fit(plan)
+    fewest = min((p.hardware.gpus for p in cards), default=0)
+    best = next((p for p in cards if p.hardware.gpus == fewest), None)
+    if best is not None:
+        name = best.hardware.device.name
+        what = f"use one {name}" if fewest == 1 else f"use {fewest} x {name}"
+        kind = "single card" if fewest == 1 else f"set of {fewest}, the fewest that will do,"
+        _advise(found, what, f"the cheapest {kind} of the catalog that holds it", plan, best)
     return found
-
-
-def _improvements(plan: Plan) -> list[Advice]:
-    if isinstance(plan.task, Inference):
-        return _faster_inference(plan, plan.task)
-    return _better_finetuning(plan, plan.task)
 
 
 def _faster_inference(plan: Plan, task: Inference) -> list[Advice]:
     found: list[Advice] = []
+    pace = plan.speed.tokens_per_s
     if plan.speed.bound == HOST:
         why = "this software is bound by the host that launches its kernels, not by the card: CUDA graphs remove that"
-        found.append(Advice("use the qwenfit or the vllm stack", why, {"stack": "qwenfit"}))
+        _advise(found, "use the qwenfit stack", why, plan, try_replan(plan, stack="qwenfit"))
+    if plan.stack == "transformers-4.3x" and plan.hardware.device.flash_attention == 2 and task.kv_cache != "int8":
+        why = "it takes less memory and time on Ampere and newer; the official code uses it where it is installed"
+        if task.flash_attention is False:
+            other = try_replan(plan, task=replace(task, flash_attention=True))
+            _advise(found, "install FlashAttention 2 (pip install flash-attn)", why, plan, other)
+        else:
+            why += ", and this plan counts on it"
+            found.append(Advice("install FlashAttention 2 (pip install flash-attn)", why))
     if plan.precision in ("bf16", "fp16"):
-        fitting = _try(plan, precision="int4")
-        if fitting and fitting.speed.tokens_per_s > 1.2 * plan.speed.tokens_per_s:
+        other = try_replan(plan, precision="int4")
+        if other and other.speed.tokens_per_s > 1.2 * pace:
             why = "decoding is a matter of bytes read; 7B's MMLU goes from 55.8 to 55.1 (official README)"
-            found.append(_advise("use int4 weights for speed", why, fitting, precision="int4"))
-    cache_share = plan.memory.kv_cache / max(1, plan.memory.allocated)
-    if task.kv_cache != "int8" and cache_share > 0.25 and (fitting := _try(plan, replace(task, kv_cache="int8"))):
+            _advise(found, "use int4 weights for speed", why, plan, other)
+    if task.kv_cache != "int8" and plan.memory.kv_cache > 0.25 * plan.memory.allocated:
         why = "the cache is a large part of the memory; int8 halves it, so batch or context can double"
-        found.append(_advise("quantize the KV cache to int8", why, fitting, kv_cache="int8"))
-    if plan.parallel == "layers":
-        why = "layers placed one after the other take turns; tensor parallelism lets the cards work together"
-        found.append(Advice("use the vllm stack for several cards", why, {"stack": "vllm"}))
-    if task.batch > 1 and task.shared_prefix == 0 and task.prompt >= 256 and plan.stack in ("qwenfit", "vllm"):
+        other = try_replan(plan, task=replace(task, kv_cache="int8"))
+        _advise(found, "quantize the KV cache to int8", why, plan, other)
+    if plan.stack != "vllm" and (plan.parallel == "layers" or task.batch > 1):
+        other = try_replan(plan, stack="vllm")
+        if other and other.speed.tokens_per_s > 1.05 * pace:
+            why = (
+                "layers placed one after the other take turns; tensor parallelism lets the cards work together"
+                if plan.parallel == "layers"
+                else "it batches requests as they come, over a paged cache"
+            )
+            _advise(found, "use the vllm stack", why, plan, other)
+    if task.batch > 1 and task.shared_prefix == 0 and task.prompt >= 256 and get_stack(plan.stack).paged:
         why = "requests that begin alike keep one copy of the common part in a paged cache"
-        found.append(Advice("share the prefix (--shared-prefix)", why, {}))
+        found.append(Advice("share the prefix (--shared-prefix)", why))
     return found
 
 
 def _better_finetuning(plan: Plan, task: Finetune) -> list[Advice]:
     found: list[Advice] = []
-    hardware = plan.hardware
-    if plan.parallel == "zero3" and hardware.nodes > 1:
+    pace = plan.speed.tokens_per_s
+    if plan.parallel == "zero3" and plan.hardware.nodes > 1:
         why = (
-            "ZeRO-3 sends all weights over the network twice per micro-batch, ZeRO-2 only trained gradients: "
-            "test the link first (qwenfit doctor --network); the official README advises ZeRO-2 between nodes"
+            "ZeRO-3 sends all weights over the network in every pass, ZeRO-2 only trained gradients: "
+            "test the network first; the official README advises ZeRO-2 between nodes"
         )
-        fitting = _try(plan, replace(task, zero=2))
-        if fitting:
-            found.append(_advise("use ZeRO-2 between nodes", why, fitting, zero=2))
-        else:
-            found.append(Advice("keep ZeRO-3, with a fast network", why, {}))
-    elif plan.speed.bound == LINK:
-        found.append(
-            Advice("use a faster link or more gradient accumulation", "the link between the GPUs sets the pace", {})
-        )
-    if task.method == "qlora" and (fitting := _try(plan, replace(task, method="lora"), "bf16")):
-        why = "it fits too and is faster: no dequantization, and the adapter merges onto the weights it was trained on"
-        found.append(_advise("use LoRA on the 16-bit model", why, fitting, task="lora"))
+        if not _advise(found, "use ZeRO-2 between nodes", why, plan, try_replan(plan, task=replace(task, zero=2))):
+            found.append(Advice("keep ZeRO-3, with a fast network", f"ZeRO-2 does not fit. {why}"))
+    elif plan.parallel == "zero3":
+        other = try_replan(plan, task=replace(task, zero=2))
+        if other and other.speed.tokens_per_s > 1.02 * pace:
+            why = "it fits too, and the weights need not be gathered in every pass"
+            _advise(found, "use ZeRO-2", why, plan, other)
+    if plan.speed.bound == LINK:
+        more = try_replan(plan, task=replace(task, micro_batch=2 * task.micro_batch))
+        why = "the link between the GPUs sets the pace: more work for each transfer, or a faster link"
+        _advise(found, f"use micro-batches of {2 * task.micro_batch}", why, plan, more)
+    if task.checkpointing:
+        other = try_replan(plan, task=replace(task, checkpointing=False))
+        if other and other.verdict == FITS and other.speed.tokens_per_s > 1.02 * pace:
+            why = "the activations fit, so that nothing needs to be computed twice"
+            _advise(found, "turn gradient checkpointing off", why, plan, other)
+    if task.method == "qlora":
+        other = try_replan(plan, task=replace(task, method="lora"), precision=sixteen_bit(plan.hardware.device))
+        if other and other.speed.tokens_per_s > pace:
+            why = "it fits too and is faster: no dequantization, and it merges onto the weights it was trained on"
+            _advise(found, "use LoRA on the 16-bit model", why, plan, other)
     if task.method == "lora" and plan.stack == "transformers-4.3x":
         why = "a base model must learn the ChatML tokens: LoRA then trains embedding and head too (LoRA (emb))"
-        found.append(Advice("for a base model with chat data use --task lora-emb", why, {"task": "lora-emb"}))
+        other = try_replan(plan, task=replace(task, method="lora-emb"))
+        _advise(found, "for a base model with chat data use --task lora-emb", why, plan, other)
     return found

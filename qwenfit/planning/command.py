@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+
+from qwenfit.catalog import canonical_name
+from qwenfit.planning.stack import get_stack
 from qwenfit.planning.task import Finetune, Inference
 from qwenfit.planning.types import Plan
 
@@ -16,7 +21,7 @@ def command_for(plan: Plan) -> str:
 
 
 def _model(plan: Plan) -> str:
-    return plan.spec or plan.model.name
+    return shlex.quote(plan.spec or plan.model.name)
 
 
 def _chat(plan: Plan, task: Inference) -> str:
@@ -32,8 +37,11 @@ def _chat(plan: Plan, task: Inference) -> str:
 
 
 def _vllm(plan: Plan, task: Inference) -> str:
-    repo = f"./{plan.model.name.split('/')[-1]}-qwen2" if plan.model.architecture == "qwen1" else _model(plan)
-    parts = ["vllm serve", repo, "--max-model-len", str(task.context), "--max-num-seqs", str(task.batch)]
+    qwen1 = plan.model.architecture == "qwen1"
+    converted = shlex.quote(f"./{plan.model.name.split('/')[-1]}-{plan.precision}-qwen2")
+    parts = ["vllm serve", converted if qwen1 else hub_id(plan)]
+    parts += ["--max-model-len", str(task.context), "--max-num-seqs", str(task.batch)]
+    parts += ["--gpu-memory-utilization", f"{_utilization(plan):.2f}"]
     if plan.parallel == "tensor":
         parts += ["--tensor-parallel-size", str(plan.hardware.world_size)]
     elif plan.parallel == "layers":
@@ -41,9 +49,29 @@ def _vllm(plan: Plan, task: Inference) -> str:
     if task.kv_cache == "int8":
         parts += ["--kv-cache-dtype", "fp8"]
     command = " ".join(parts)
-    if plan.model.architecture == "qwen1":  # vLLM has no Qwen-1 model any more
-        command = f"qwenfit convert {_model(plan)} {repo} && {command}"
+    if qwen1:  # vLLM has no Qwen-1 model any more
+        command = f"qwenfit convert {hub_id(plan)} {converted} && {command}"
     return command
+
+
+def _utilization(plan: Plan) -> float:
+    """vLLM's share of the whole card: of a detected one it gets its share of what is free."""
+    device = plan.hardware.device
+    total = device.memory_bytes if device.visible_bytes is None or device.detected else device.visible_bytes
+    return (get_stack(plan.stack).utilization or 1.0) * plan.capacity / total
+
+
+def hub_id(plan: Plan) -> str:
+    """The Hub repository of a catalog model in the plan's precision; a path or another repository as it was named."""
+    name = plan.model.name
+    if canonical_name(plan.spec) != name or os.path.exists(plan.spec):
+        return _model(plan)
+    if plan.precision not in ("int8", "int4"):
+        return f"Qwen/{name}"
+    bits = plan.precision.capitalize()
+    generation = name.split("-")[0]
+    suffix = {"Qwen": f"-Chat-{bits}", "Qwen1.5": f"-Chat-GPTQ-{bits}", "Qwen3": f"-GPTQ-{bits}"}
+    return f"Qwen/{name}{suffix.get(generation, f'-Instruct-GPTQ-{bits}')}"
 
 
 def _tune(plan: Plan, task: Finetune) -> str:

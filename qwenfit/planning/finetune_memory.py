@@ -18,7 +18,7 @@ from qwenfit.planning.task import Finetune
 from qwenfit.planning.types import Memory
 from qwenfit.planning.weights import largest_linear, weight_bytes
 
-LOSS_CHUNK_BYTES = 256 * 2**20  # logits a fused loss holds at once
+LOSS_CHUNK_BYTES = 128 * 2**20  # logits a fused loss holds at once, in float32 and turned into their gradient in place
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,14 @@ class _StateBytes:
         return self.weight + self.gradient + self.optimizer
 
 
-def state_bytes(regime: str) -> _StateBytes:
-    """By optimizer regime. AdamW in its foreach form makes two temporaries of the moments' type while it updates."""
+def state_bytes(regime: str, stack: Stack) -> _StateBytes:
+    """By optimizer regime. AdamW in its foreach form makes two temporaries of the moments' type while it updates.
+
+    qwenfit keeps the moments in bf16 beside float32 weights and gradients (DeepSeek-V3, arXiv 2412.19437, sec. 3.3.3:
+    no observable degradation).
+    """
     return {
-        "fp32": _StateBytes(4, 4, 8, 8),
+        "fp32": _StateBytes(4, 4, 4 if stack.name == "qwenfit" else 8, 8),
         "bf16": _StateBytes(2, 2, 4, 4),
         "8bit": _StateBytes(4, 4, 2, 2),
     }[regime]
@@ -112,8 +116,8 @@ def _states(config: ModelConfig, task: Finetune, precision: str, stack: Stack, s
     split = devices if stage >= 2 else 1
     if task.method == "full":
         return _full_states(config, task, stack, stage, split)
-    state = state_bytes(task.optimizer)
-    tables = state_bytes("bf16") if stack.name.startswith("transformers") else state
+    state = state_bytes(task.optimizer, stack)
+    tables = state_bytes("bf16", stack) if stack.name.startswith("transformers") else state
     if stage == 3:
         gathered = 2 * int(read("zero3_live_parameters")) + 2 * config.embedding_parameters
         weights = weights // devices
@@ -141,16 +145,17 @@ def _full_states(config: ModelConfig, task: Finetune, stack: Stack, stage: int, 
             workspace=int(read("zero2_buckets")) + (2 * config.embedding_parameters if split > 1 else 0),
         )
     if task.optimizer == "bf16":
-        weight, gradient, optimizer = 2, 2, 4
+        weight, gradient, optimizer = 2.0, 2.0, 4.0
     elif task.optimizer == "8bit":
         weight, gradient, optimizer = 2, 2, 2 + 4
-    else:
-        weight, gradient, optimizer = 2, 4, 12
+    else:  # a 16-bit copy to compute with, and the float32 weights beside the moments
+        state = state_bytes("fp32", stack)
+        weight, gradient, optimizer = 2, state.gradient, state.weight + state.optimizer
     gathered = 2 * 2 * config.linear_parameters_per_layer if stage == 3 else 0
     return Memory(
-        weights=weight * p // (split if stage == 3 else 1) + gathered,
-        gradients=gradient * p // split,
-        optimizer=optimizer * p // split,
+        weights=int(weight * p) // (split if stage == 3 else 1) + gathered,
+        gradients=int(gradient * p) // split,
+        optimizer=int(optimizer * p) // split,
     )
 
 
@@ -181,7 +186,7 @@ def _at_loss(base: Memory, config: ModelConfig, task: Finetune, stack: Stack) ->
     """
     full = task.tokens * config.vocab_size
     if task.fused_loss if task.fused_loss is not None else stack.fused_loss:
-        logits = min(12 * full, LOSS_CHUNK_BYTES) + 2 * task.tokens * config.hidden_size
+        logits = min(4 * full, LOSS_CHUNK_BYTES) + 2 * task.tokens * config.hidden_size
     else:
         autocast = stack.name != "transformers-4.3x" or task.method in ("lora", "lora-emb")
         logits = (12 if autocast else 8) * full
@@ -219,8 +224,8 @@ def _at_step(base: Memory, config: ModelConfig, task: Finetune, stack: Stack, st
         own = parts.whole / (devices if stage >= 2 else 1)
         temporaries = 8 * min(own, read("zero3_sub_group")) if stack.name == "transformers-4.3x" else 8 * own
     else:
-        tables = state_bytes("bf16")
-        temporaries = parts.adapters * state_bytes(task.optimizer).step + parts.tables * tables.step
+        tables = state_bytes("bf16", stack)
+        temporaries = parts.adapters * state_bytes(task.optimizer, stack).step + parts.tables * tables.step
         temporaries /= devices if stage >= 2 else 1
     return replace(base, workspace=base.workspace + int(temporaries))
 

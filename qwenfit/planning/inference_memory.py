@@ -66,7 +66,7 @@ def uses_flash_attention(task: Inference, stack: Stack, device: Device) -> bool:
         return False
     if task.flash_attention is not None:
         return task.flash_attention
-    return device.compute_capability is not None and device.compute_capability >= (7, 5)
+    return device.flash_attention > 0
 
 
 @dataclass(frozen=True)
@@ -172,5 +172,5 @@ def _with_reserve(memory: Memory, device: Device, stack: Stack) -> Memory:
     reserve = int(memory.allocated * read("growing_cache_reserve")) if on_gpu and not stack.paged else 0
     pool = 0
     if stack.utilization is not None and on_gpu:
-        pool = max(0, int(stack.utilization * device.memory_bytes) - memory.allocated - context_bytes(device))
+        pool = max(0, int(stack.utilization * device.usable_bytes) - memory.allocated - context_bytes(device))
     return replace(memory, kv_cache=memory.kv_cache + pool, reserve=reserve, context=context_bytes(device))

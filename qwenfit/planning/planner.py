@@ -10,6 +10,7 @@ from qwenfit.catalog import find_model
 from qwenfit.config import ModelConfig
 from qwenfit.errors import UsageError
 from qwenfit.hardware import Device, Hardware, capability_notes, find_device
+from qwenfit.planning.checks import check_context, check_task
 from qwenfit.planning.command import command_for
 from qwenfit.planning.finetune_memory import finetune_memory, zero_stage
 from qwenfit.planning.finetune_speed import finetune_speed
@@ -67,23 +68,24 @@ def plan(
     `host_factor` is this host's launch time relative to the guide's host (2 = twice as slow).
     Raises UsageError, NotFound or BadFile with one sentence; a plan that does not fit is returned, not raised.
     """
-    config = _resolve(model) if isinstance(model, str) else model
+    config = resolve(model) if isinstance(model, str) else model
     the_stack = get_stack(stack)
     the_task = task if isinstance(task, Inference | Finetune) else make_task(task, context, sizes)
-    hardware = _hardware(gpu, gpus, nodes, network_gbps)
-    chosen, notes = choose_precision(config, the_task, hardware.device, precision)
+    hardware = make_hardware(gpu, gpus, nodes, network_gbps)
+    chosen = choose_precision(config, the_task, hardware.device, precision)
     if isinstance(the_task, Inference):
         the_task = _usable_cache(the_task, chosen, hardware.device)
-    _check_context(config, the_task)
-    made = build_plan(config, hardware, the_task, chosen, the_stack, parallel, host_factor, notes, spec=_spec(model))
+    check_context(config, the_task)
+    check_host_factor(host_factor)
+    made = build_plan(config, hardware, the_task, chosen, the_stack, parallel, host_factor, spec=_spec(model))
     if not advise:
         return made
     from qwenfit.planning.advice import advice_for
 
-    return replace(made, advice=advice_for(made, host_factor))
+    return replace(made, advice=advice_for(made))
 
 
-def _resolve(spec: str) -> ModelConfig:
+def resolve(spec: str) -> ModelConfig:
     """The catalog's model for a bare name (quick: no file reader is imported), else whatever `spec` names."""
     if not os.path.exists(spec) and (config := find_model(spec)) is not None:
         return config
@@ -98,6 +100,7 @@ def _spec(model: str | ModelConfig) -> str:
 
 def make_task(name: str, context: int | None, sizes: dict[str, Any]) -> Task:
     """An Inference or Finetune from a task name and its sizes; UsageError for a size the task does not have."""
+    name = name.replace("_", "-").lower()
     check_choice("task", name, TASKS)
     sizes = {key: value for key, value in sizes.items() if value is not None}
     allowed = FINETUNE_FIELDS if name in FINETUNE_METHODS else INFERENCE_FIELDS
@@ -108,17 +111,40 @@ def make_task(name: str, context: int | None, sizes: dict[str, Any]) -> Task:
         check_count("context", context, least=2)
         if name in FINETUNE_METHODS:
             sizes["seq_len"] = context
-        elif "prompt" in sizes and "generate" not in sizes:
-            sizes["generate"] = context - sizes["prompt"]
         else:
-            sizes.setdefault("generate", min(2048, context - 1))
-            sizes["prompt"] = context - sizes["generate"]
+            _fill_context(context, sizes)
     if name in FINETUNE_METHODS:
         return Finetune(method=name, **sizes)
     return Inference(**sizes)
 
 
-def _hardware(gpu: str | Device | None, gpus: int, nodes: int, network_gbps: float | None) -> Hardware:
+def _fill_context(context: int, sizes: dict[str, Any]) -> None:
+    """Sets prompt and generate so that they sum to `context`; UsageError when those given cannot."""
+    given = {key: check_count(key, sizes[key]) for key in ("prompt", "generate") if key in sizes}
+    if "prompt" not in given:
+        sizes.setdefault("generate", min(2048, context - 1))
+        sizes["prompt"] = context - sizes["generate"]
+    elif "generate" not in given:
+        sizes["generate"] = context - sizes["prompt"]
+    if sizes["prompt"] < 1 or sizes["generate"] < 1 or sizes["prompt"] + sizes["generate"] != context:
+        words = " and ".join(f"{key} {value}" for key, value in given.items())
+        raise UsageError(
+            f"A context of {context} tokens, prompt and answer together, contradicts {words}.",
+            "Give --context, or --prompt and --generate.",
+        )
+
+
+def check_host_factor(value: float) -> float:
+    """`value` if it can be a ratio of launch times; UsageError otherwise."""
+    if not 0 < value <= 1000:
+        raise UsageError(f"host_factor must be above 0 and at most 1000, not {value}.")
+    return value
+
+
+def make_hardware(
+    gpu: str | Device | None, gpus: int = 1, nodes: int = 1, network_gbps: float | None = None
+) -> Hardware:
+    """`gpus` of a named, given or (None) this machine's device on each of `nodes` hosts; UsageError when absurd."""
     check_count("gpus", gpus)
     check_count("nodes", nodes)
     if gpus * nodes > MAX_DEVICES:
@@ -126,8 +152,8 @@ def _hardware(gpu: str | Device | None, gpus: int, nodes: int, network_gbps: flo
     if network_gbps is not None and not 0 < network_gbps <= 1e5:
         raise UsageError(f"network_gbps must be between 0 and 100000 Gb/s, not {network_gbps}.")
     device = this_device() if gpu is None else find_device(gpu) if isinstance(gpu, str) else gpu
-    if device.kind == "cpu" and gpus * nodes > 1:
-        raise UsageError("A plan on CPUs is for one machine.", "Leave --gpus and --nodes at 1.")
+    if device.kind in ("cpu", "unified") and gpus * nodes > 1:
+        raise UsageError(f"A plan on {device.name} is for one machine.", "Leave --gpus and --nodes at 1.")
     network = None if network_gbps is None else network_gbps * 1e9 / 8
     return Hardware(device, gpus, nodes, network)
 
@@ -141,16 +167,15 @@ def this_device() -> Device:
     return max(gpus or devices, key=lambda d: d.usable_bytes)
 
 
-def choose_precision(config: ModelConfig, task: Task, device: Device, asked: str | None) -> tuple[str, tuple[str, ...]]:
-    """The precision to plan, and why it is not the asked or stored one where it is not."""
-    notes: list[str] = list(capability_notes(device))
+def choose_precision(config: ModelConfig, task: Task, device: Device, asked: str | None) -> str:
+    """The precision to plan: as asked, else the checkpoint's; fp16 for bf16 where the device has no bf16."""
     if asked is not None:
         check_choice("precision", asked, PRECISIONS)
     if isinstance(task, Finetune) and task.method == "qlora":
         wanted = asked or (native_precision(config) if config.quantization else "int4")
         if wanted not in ("int8", "int4"):
             raise UsageError(f"Q-LoRA trains adapters on int8 or int4 weights, not {wanted}.", "Use --task lora.")
-        return wanted, tuple(notes)
+        return wanted
     wanted = asked or native_precision(config)
     if isinstance(task, Finetune) and wanted in ("int8", "int4"):
         if asked is not None or config.quantization is not None:
@@ -160,26 +185,13 @@ def choose_precision(config: ModelConfig, task: Task, device: Device, asked: str
         wanted = "bf16"
     if wanted == "bf16" and not device.bf16 and device.kind != "cpu":
         wanted = "fp16"
-    return wanted, tuple(notes)
+    return wanted
 
 
 def _usable_cache(task: Inference, precision: str, device: Device) -> Inference:
     if task.kv_cache == "bf16" and (precision == "fp16" or (not device.bf16 and device.kind != "cpu")):
         return replace(task, kv_cache="fp16")
     return task
-
-
-def _check_context(config: ModelConfig, task: Task) -> None:
-    tokens = task.context if isinstance(task, Inference) else task.seq_len
-    # The guide's own runs put one token of context before the answer: its 8,192 tokens are 8,193 positions.
-    if tokens > config.context_length + 1:
-        more = (
-            "" if config.yarn or config.architecture == "qwen1" else " (a YaRN rope_scaling in config.json extends it)"
-        )
-        raise UsageError(
-            f"{config.name} is made for {config.context_length} tokens of context, not {tokens}{more}.",
-            f"Ask for --context {config.context_length} or less.",
-        )
 
 
 def choose_parallel(
@@ -218,15 +230,14 @@ def build_plan(
     stack: Stack,
     parallel: str | None = None,
     host_factor: float = 1.0,
-    notes: tuple[str, ...] = (),
     spec: str = "",
 ) -> Plan:
     """The arithmetic, with everything decided: no detection, no files."""
+    check_task(hardware.device, task, stack)
     way = choose_parallel(config, hardware, task, precision, stack, parallel)
     if isinstance(task, Inference):
         devices = inference_memory(config, hardware, task, precision, stack, way)
         speed = inference_speed(config, hardware, task, precision, stack, way, host_factor)
-        notes += _cache_notes(task, stack, hardware.device)
     else:
         stage = zero_stage(task, stack, hardware.world_size)
         devices = finetune_memory(config, hardware, task, precision, stack, stage)
@@ -247,7 +258,9 @@ def build_plan(
         capacity=capacity,
         command="",
         spec=spec or config.name,
-        notes=notes,
+        asked_parallel=parallel,
+        host_factor=host_factor,
+        notes=(*capability_notes(hardware.device), *_task_notes(task, stack, hardware.device)),
     )
     return replace(made, command=command_for(made))
 
@@ -255,17 +268,22 @@ def build_plan(
 def verdict(memory: Memory, capacity: int, stack: Stack) -> str:
     """fits, tight (less than 5 % left) or does not fit. vLLM must fit into its share of the card."""
     if stack.utilization is not None:
-        return FITS if memory.process <= stack.utilization * capacity * 1.02 else DOES_NOT_FIT
+        return FITS if memory.process <= int(stack.utilization * capacity) else DOES_NOT_FIT
     if memory.process > capacity:
         return DOES_NOT_FIT
     return TIGHT if memory.process > TIGHT_SHARE * capacity else FITS
 
 
-def _cache_notes(task: Inference, stack: Stack, device: Device) -> tuple[str, ...]:
+def _task_notes(task: Task, stack: Stack, device: Device) -> tuple[str, ...]:
+    if not isinstance(task, Inference):
+        return ()
+    notes = []
     if task.kv_cache == "int8" and not stack.kv_int8_with_flash:
-        return (
-            f"{stack.name}: the int8 KV cache switches FlashAttention off (a limit of that software, not of the idea).",
+        notes.append(
+            f"{stack.name}: the int8 KV cache switches FlashAttention off (a limit of that software, not of the idea)."
         )
-    if not uses_flash_attention(task, stack, device) and device.kind == "gpu":
-        return (f"{stack.name} runs without FlashAttention here.",)
-    return ()
+    elif device.flash_attention and not uses_flash_attention(task, stack, device):
+        notes.append(f"{stack.name} runs without FlashAttention here.")
+    if task.shared_prefix and not stack.paged:
+        notes.append(f"{stack.name} has no paged cache: every request keeps its own copy of the shared prefix.")
+    return tuple(notes)

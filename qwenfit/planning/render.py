@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Callable, Sequence
 
-from qwenfit.planning.task import Inference
+from qwenfit.planning.task import Inference, Task
 from qwenfit.planning.types import DOES_NOT_FIT, FITS, TIGHT, Memory, Plan, Speed
 
 GIB, GB = 2**30, 10**9
@@ -46,14 +48,15 @@ def _painter(colour: bool) -> Callable[[str, int], str]:
 
 
 def _title(plan: Plan) -> str:
-    task = plan.task
+    parts = (plan.model.name, plan.task.name, plan.precision, what_task(plan.task), hardware_name(plan))
+    return " · ".join((*parts, f"stack {plan.stack}"))
+
+
+def what_task(task: Task) -> str:
+    """The sizes of a task in a few words."""
     if isinstance(task, Inference):
-        what = f"{task.batch} x ({task.prompt:,} prompt + {task.generate:,} generated tokens), {task.kv_cache} KV cache"
-    else:
-        what = (
-            f"{task.seq_len:,} tokens x {task.micro_batch} x {task.grad_accum} accumulated, optimizer {task.optimizer}"
-        )
-    return f"{plan.model.name} · {task.name} · {plan.precision} · {what} · {hardware_name(plan)} · stack {plan.stack}"
+        return f"{task.batch} x ({task.prompt:,} prompt + {task.generate:,} generated tokens), {task.kv_cache} KV cache"
+    return f"{task.seq_len:,} tokens x {task.micro_batch} x {task.grad_accum} accumulated, optimizer {task.optimizer}"
 
 
 def hardware_name(plan: Plan) -> str:
@@ -102,7 +105,7 @@ def _memory_rows(plan: Plan, paint: Callable[[str, int], str]) -> list[str]:
 
 
 def _columns(value: int, capacity: int) -> str:
-    return f"{value / GB:>9.2f} GB {value / GIB:>9.2f} GiB {100 * value / capacity:>6.1f} %"
+    return f"{value / GB:>9.2f} GB {value / GIB:>9.2f} GiB {100 * value / max(1, capacity):>6.1f} %"
 
 
 def _speed_rows(speed: Speed, plan: Plan) -> list[str]:
@@ -171,10 +174,42 @@ def plans_table(plans: Sequence[Plan], form: str = "text") -> str:
     """Plans side by side as aligned text, Markdown ("md") or CSV ("csv")."""
     rows = [TABLE_HEADER, *(table_row(p) for p in plans)]
     if form == "csv":
-        return "\n".join(",".join(f'"{cell}"' if "," in cell else cell for cell in row) for row in rows)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(TABLE_HEADER))]
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        return text.getvalue().removesuffix("\n")
+    return _aligned(rows, form)
+
+
+def _aligned(rows: Sequence[Sequence[str]], form: str) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     if form == "md":
         rule = ["-" * width for width in widths]
         return "\n".join("| " + " | ".join(row) + " |" for row in [padded[0], rule, *padded[1:]])
     return "\n".join("  ".join(row).rstrip() for row in padded)
+
+
+def fits_matrix(plans: Sequence[Plan], form: str = "text") -> str:
+    """One row a model, one column a precision: `17.0 GB, 54/s`, with `(tight)`, or `-` where it does not fit.
+
+    Models that fit in no precision are left out. The pace is generated tokens/s, or s/iter for finetuning.
+    """
+    columns = list(dict.fromkeys(_column(p) for p in plans))
+    models = list(dict.fromkeys(p.model.name for p in plans if p.fits))
+    cells = {(p.model.name, _column(p)): _fit_cell(p) for p in plans}
+    rows = [("model", *columns)] + [(m, *(cells.get((m, c), "-") for c in columns)) for m in models]
+    return _aligned(rows, form)
+
+
+def _column(plan: Plan) -> str:
+    return "16-bit" if plan.precision in ("bf16", "fp16") else plan.precision
+
+
+def _fit_cell(plan: Plan) -> str:
+    if not plan.fits:
+        return "-"
+    speed = plan.speed
+    pace = (
+        f"{_number(speed.tokens_per_s)}/s" if speed.seconds_per_iter is None else f"{speed.seconds_per_iter:.1f} s/iter"
+    )
+    return f"{plan.memory.process / GB:.1f} GB, {pace}" + (" (tight)" if plan.verdict == TIGHT else "")

@@ -9,6 +9,7 @@ from qwenfit.catalog import dense_model_names, get_model
 from qwenfit.config import ModelConfig
 from qwenfit.errors import UsageError
 from qwenfit.hardware import Device, Hardware, all_devices, cost_key
+from qwenfit.planning.checks import check_context
 from qwenfit.planning.planner import build_plan, choose_precision
 from qwenfit.planning.stack import get_stack
 from qwenfit.planning.task import LARGEST, Finetune, Inference, Task
@@ -36,18 +37,26 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def replan(
-    plan: Plan, *, task: Task | None = None, precision: str | None = None, hardware: Hardware | None = None
+    plan: Plan,
+    *,
+    task: Task | None = None,
+    precision: str | None = None,
+    hardware: Hardware | None = None,
+    stack: str | None = None,
 ) -> Plan:
-    """The same plan with another task, precision or hardware; no advice."""
+    """The same plan with another task, precision, hardware or stack; no advice. UsageError as from plan()."""
+    task, precision = task or plan.task, precision or plan.precision
+    if hardware is not None:
+        precision = choose_precision(plan.model, task, hardware.device, precision)
     return build_plan(
         plan.model,
         hardware or plan.hardware,
-        task or plan.task,
-        precision or plan.precision,
-        get_stack(plan.stack),
-        plan.parallel if plan.parallel == "tensor" and hardware is None else None,
-        notes=plan.notes,
-        spec=plan.spec,
+        task,
+        precision,
+        get_stack(stack or plan.stack),
+        plan.asked_parallel if stack is None else None,
+        plan.host_factor,
+        plan.spec,
     )
 
 
@@ -86,8 +95,8 @@ def cards_that_fit(plan: Plan, devices: Iterable[Device] | None = None) -> list[
     """For every card of the catalog the plan with the fewest of them (1, 2, 4, 8) that fits, cheapest first."""
     found = []
     for device in sorted(devices or all_devices(), key=cost_key):
-        for count in GPU_COUNTS:
-            candidate = _try(plan, Hardware(device, count))
+        for count in (1,) if device.kind in ("cpu", "unified") else GPU_COUNTS:
+            candidate = try_replan(plan, hardware=replace(plan.hardware, device=device, gpus=count, nodes=1))
             if candidate is not None and candidate.fits:
                 found.append(candidate)
                 break
@@ -99,54 +108,68 @@ def _cost(plan: Plan) -> tuple[bool, float, float]:
     return (unknown, price * plan.hardware.gpus, other)
 
 
-def _try(plan: Plan, hardware: Hardware) -> Plan | None:
+def try_replan(
+    plan: Plan,
+    *,
+    task: Task | None = None,
+    precision: str | None = None,
+    hardware: Hardware | None = None,
+    stack: str | None = None,
+) -> Plan | None:
+    """As `replan`, or None where that cannot be: too many cards for its layers, a cut through a group, ..."""
     try:
-        precision, notes = choose_precision(plan.model, plan.task, hardware.device, plan.precision)
-        return build_plan(
-            plan.model, hardware, plan.task, precision, get_stack(plan.stack), notes=notes, spec=plan.spec
-        )
-    except UsageError:  # too many cards for its layers, or a card without a figure of its speed
+        return replan(plan, task=task, precision=precision, hardware=hardware, stack=stack)
+    except UsageError:
         return None
 
 
 def best_precision(plan: Plan) -> Plan | None:
     """The plan in the finest precision that fits, or None."""
-    for precision in ("bf16", "int8", "int4"):
-        if isinstance(plan.task, Finetune) and plan.task.method != "qlora" and precision != "bf16":
-            return None
-        wanted = "fp16" if precision == "bf16" and not _has_bf16(plan.hardware.device) else precision
-        candidate = replan(plan, precision=wanted)
-        if candidate.fits:
+    for precision in precisions_of(plan.task):
+        candidate = try_replan(plan, precision=sixteen_bit(plan.hardware.device) if precision == "bf16" else precision)
+        if candidate is not None and candidate.fits:
             return candidate
     return None
 
 
-def _has_bf16(device: Device) -> bool:
-    return device.bf16 or device.kind == "cpu"
+def precisions_of(task: Task) -> tuple[str, ...]:
+    """The precisions a task can be done in, finest first."""
+    if isinstance(task, Inference):
+        return ("bf16", "int8", "int4")
+    return ("int8", "int4") if task.method == "qlora" else ("bf16",)
 
 
-def what_fits(device: Device, task: Task, stack: str = "qwenfit", gpus: int = 1) -> list[Plan]:
-    """Every catalog model and precision for a task on this hardware, largest model first; those that do not fit too."""
-    plans = []
+def sixteen_bit(device: Device) -> str:
+    """bf16, or fp16 on an accelerator without it."""
+    return "bf16" if device.bf16 or device.kind == "cpu" else "fp16"
+
+
+def what_fits(
+    hardware: Hardware,
+    task: Task,
+    stack: str = "qwenfit",
+    precision: str | None = None,
+    parallel: str | None = None,
+    host_factor: float = 1.0,
+) -> list[Plan]:
+    """Every catalog model in every precision (or one) for a task on this hardware; those that do not fit too.
+
+    Left out are models that are not made for so much context or cannot be split over so many devices; where that
+    leaves none, the last one's UsageError is raised.
+    """
+    the_stack, plans, refusal = get_stack(stack), [], None
     for name in dense_model_names():
         config: ModelConfig = get_model(name)
-        for precision in ("bf16", "int8", "int4"):
-            if isinstance(task, Finetune) and (precision == "bf16") == (task.method == "qlora"):
-                continue
-            chosen, notes = choose_precision(config, task, device, precision)
-            limited = _within(config, task)
+        for wanted in (precision,) if precision else precisions_of(task):
+            chosen = choose_precision(config, task, hardware.device, wanted)
             try:
-                plans.append(build_plan(config, Hardware(device, gpus), limited, chosen, get_stack(stack), notes=notes))
-            except UsageError:
-                continue
+                check_context(config, task)
+                plans.append(build_plan(config, hardware, task, chosen, the_stack, parallel, host_factor))
+            except UsageError as error:
+                refusal = error
+    if refusal is not None and not plans:
+        raise refusal
     return plans
-
-
-def _within(config: ModelConfig, task: Task) -> Task:
-    """The task, shortened to the model's context."""
-    if isinstance(task, Inference):
-        return replace(task, generate=min(task.generate, max(1, config.context_length - task.prompt)))
-    return replace(task, seq_len=min(task.seq_len, config.context_length))
 
 
 def best_fit(plans: list[Plan]) -> Plan | None:

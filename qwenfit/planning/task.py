@@ -68,8 +68,9 @@ class Inference:
 class Finetune:
     """One optimizer step is `grad_accum` micro-batches of `micro_batch` padded samples of `seq_len` tokens per GPU.
 
-    `optimizer`: "fp32" keeps float32 master weights, gradients and both Adam moments; "bf16" keeps all in bf16;
-    "8bit" keeps the moments in 8 bits. `fused_loss` None means: what the stack does. `zero` is 0, 2 or 3.
+    `optimizer`: "fp32" keeps float32 master weights, gradients and both Adam moments (qwenfit: the moments in bf16);
+    "bf16" keeps all in bf16; "8bit" keeps the moments in 8 bits. `fused_loss` None means: what the stack does.
+    `zero` is 0, 2 or 3.
     """
 
     method: str = "lora"

@@ -101,6 +101,8 @@ class Plan:
     capacity: int  # usable bytes of one device
     command: str
     spec: str = ""  # the model as the user named it: a catalog name, path or Hub id
+    asked_parallel: str | None = None  # what the user asked for; `parallel` is what is done
+    host_factor: float = 1.0  # launch time of this host relative to the guide's
     notes: tuple[str, ...] = ()
     advice: tuple[Advice, ...] = ()
 
@@ -126,6 +128,8 @@ class Plan:
                 "nodes": self.hardware.nodes,
                 "memory_bytes": device.memory_bytes,
                 "usable_bytes": self.capacity,
+                "network_bandwidth": self.hardware.network_bandwidth,
+                "host_factor": self.host_factor,
                 "source": device.source,
             },
             "task": {"name": self.task.name} | asdict(self.task),

@@ -9,8 +9,16 @@ from typing import Any
 
 from qwenfit.errors import DoesNotFit, UsageError
 from qwenfit.hardware import Device, find_device
-from qwenfit.planning.planner import FINETUNE_FIELDS, INFERENCE_FIELDS, make_task, plan, this_device
-from qwenfit.planning.render import plan_text, plans_table, size
+from qwenfit.planning.planner import (
+    FINETUNE_FIELDS,
+    INFERENCE_FIELDS,
+    check_host_factor,
+    make_hardware,
+    make_task,
+    plan,
+    this_device,
+)
+from qwenfit.planning.render import fits_matrix, hardware_name, plan_text, plans_table, size, what_task
 from qwenfit.planning.search import (
     best_fit,
     best_precision,
@@ -52,7 +60,7 @@ def plan_one(model: str, options: dict[str, Any], form: str, colour: bool, echo:
     """Prints one plan; returns 0, or 3 when it does not fit."""
     made = _plan(model, options)
     if form == "json":
-        echo(json.dumps(made.to_dict(), indent=2, ensure_ascii=False))
+        _echo_json(made.to_dict(), echo)
     elif form == "text":
         echo(plan_text(made, colour))
     else:
@@ -60,27 +68,30 @@ def plan_one(model: str, options: dict[str, Any], form: str, colour: bool, echo:
     return FITS if made.fits else DOES_NOT
 
 
-def plan_everything(options: dict[str, Any], form: str, echo: Echo) -> int:
+def plan_everything(options: dict[str, Any], form: str, colour: bool, echo: Echo) -> int:
     """Prints the table of every dense Qwen in every precision on this hardware, and the best that fits."""
     options = dict(options)
     device = chosen_device(options.pop("gpu"), options.pop("measure_bandwidth"))
     sizes = {key: options[key] for key in (*INFERENCE_FIELDS, *FINETUNE_FIELDS)}
     task = make_task(options["task"], options["context"], sizes)
-    plans = what_fits(device, task, options["stack"], options["gpus"])
+    hardware = make_hardware(device, options["gpus"], options["nodes"], options["network_gbps"])
+    host_factor = check_host_factor(options["host_factor"])
+    plans = what_fits(hardware, task, options["stack"], options["precision"], options["parallel"], host_factor)
+    plans.sort(key=lambda p: (-p.model.parameters, p.model.name))
+    fitting = [p for p in plans if p.fits]
     if form == "json":
-        echo(json.dumps([p.to_dict() for p in plans], indent=2, ensure_ascii=False))
-        return FITS
-    shown = sorted((p for p in plans if p.fits), key=lambda p: (-p.model.parameters, p.model.name))
-    echo(plans_table(shown, form))
+        _echo_json([p.to_dict() for p in plans], echo)
+        return FITS if fitting else DOES_NOT
+    echo(plans_table(fitting, form) if form == "csv" else fits_matrix(plans, form))
     if form == "text":
-        what = f"{len(shown)} of {len(plans)} combinations of model and precision fit"
-        echo(f"\n{what} {options['gpus']} x {device.name} ({size(device.usable_bytes)} each).")
+        echo(
+            f"\n{len(fitting)} of {len(plans)} pairs of model and precision fit {hardware_name(plans[0])} "
+            f"({size(device.usable_bytes)} each), {what_task(task)}."
+        )
         if (best := best_fit(plans)) is not None:
-            echo(
-                f"The largest: {best.model.name} in {best.precision}. Its plan: qwenfit plan {best.model.name} "
-                f"--precision {best.precision}"
-            )
-    return FITS if shown else DOES_NOT
+            echo("\nThe largest that fits:\n")
+            echo(plan_text(replace(best, advice=()), colour))
+    return FITS if fitting else DOES_NOT
 
 
 def answer(model: str, find: str, options: dict[str, Any], form: str, echo: Echo) -> int:
@@ -88,18 +99,27 @@ def answer(model: str, find: str, options: dict[str, Any], form: str, echo: Echo
     made = _plan(model, options, advise=False)
     if find == "gpu":
         plans = cards_that_fit(made)
-        echo(json.dumps([p.to_dict() for p in plans], indent=2) if form == "json" else plans_table(plans, form))
-        return FITS if plans else DOES_NOT
+        if not plans:
+            return _no_answer(
+                find, f"{made.model.name} fits no catalog card for this task, up to 8 of them.", form, echo
+            )
+        if form == "json":
+            names = [hardware_name(p) for p in plans]
+            _echo_json({"find": find, "answer": names, "plans": [p.to_dict() for p in plans]}, echo)
+        else:
+            echo(plans_table(plans, form))
+        return FITS
+    where = made.hardware.device.name
     if find == "precision":
         best = best_precision(made)
         if best is None:
-            echo(f"{made.model.name} fits {made.hardware.device.name} in no precision for this task.")
-            return DOES_NOT
+            return _no_answer(find, f"{made.model.name} fits {where} in no precision for this task.", form, echo)
         return _show_answer(best, "precision", best.precision, form, echo)
     largest = _largest(made, find)
     if not largest:
-        echo(f"{made.model.name} in {made.precision} does not fit {made.hardware.device.name} at any {find}.")
-        return DOES_NOT
+        return _no_answer(
+            find, f"{made.model.name} in {made.precision} does not fit {where} at any {find}.", form, echo
+        )
     return _show_answer(_at(made, find, largest), find, largest, form, echo)
 
 
@@ -124,9 +144,21 @@ def _at(made: Plan, find: str, value: int) -> Plan:
     return replan(made, task=replace(task, prompt=max(1, value - generate), generate=generate, shared_prefix=0))
 
 
+def _echo_json(value: Any, echo: Echo) -> None:
+    echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _no_answer(find: str, sentence: str, form: str, echo: Echo) -> int:
+    if form == "json":
+        _echo_json({"find": find, "answer": None, "why": sentence}, echo)
+    else:
+        echo(sentence)
+    return DOES_NOT
+
+
 def _show_answer(found: Plan, find: str, value: int | str, form: str, echo: Echo) -> int:
     if form == "json":
-        echo(json.dumps({"find": find, "answer": value, "plan": found.to_dict()}, indent=2, ensure_ascii=False))
+        _echo_json({"find": find, "answer": value, "plan": found.to_dict()}, echo)
         return FITS
     if form != "text":
         echo(plans_table([found], form))

@@ -1,0 +1,45 @@
+# Two commands matter: `make demo` (what fits this machine, planned and measured) and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.PHONY: demo test lint fresh docs real clean
+
+demo: $(VENV)/.run
+	$(BIN)/qwenfit plan --task inference
+	$(BIN)/qwenfit demo
+
+test: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fresh: $(VENV)/.test
+	$(BIN)/python -m qwenfit.guide.accuracy --check docs/accuracy.md
+
+docs: $(VENV)/.test
+	$(BIN)/python -m qwenfit.guide.accuracy docs/accuracy.md
+
+# The real model that tests marked `real` use, fetched once (491 MB).
+real:
+	bash tests/get-real-qwen.sh
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e '.[run]'
+	touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/.run
+	$(PIP) install -c constraints.txt -e '.[run,gguf,hub,test]'
+	$(PIP) install -c constraints.txt --no-deps dashscope
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,229 @@
+"""The command line's running verbs: chat, generate, the model cache, convert, bench, doctor."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def run_options(command: Command) -> Command:
+    """The options that every verb with an engine shares."""
+    for option in reversed(
+        (
+            click.argument("model"),
+            click.option("--precision", help="bf16, fp16, fp32, int8 or int4; default: the checkpoint's own"),
+            click.option("--head-precision", type=click.Choice(["int8", "int4"]), help="quantize the head too"),
+            click.option("--kv-cache", help="bf16, fp16, fp32 or int8"),
+            click.option("-c", "--context", type=int, help="tokens of prompt + answer  [4096 or the model's]"),
+            click.option("--device", help="cpu or cuda; default: the GPU with the most free memory, else the CPU"),
+            click.option("--threads", type=int, help="CPU threads  [all that may be used]"),
+            click.option("--random-weights", is_flag=True, help="measure without a download"),
+            click.option("--force", is_flag=True, help="load although the plan says it does not fit"),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def make_options(batch: int = 1, **given: Any) -> Any:
+    """RunOptions from the shared options; sets up the CPU's threads before torch starts them."""
+    from qwenfit.run.planned import RunOptions
+
+    threads = given.pop("threads")
+    if given["device"] != "cuda":
+        from qwenfit.kernels.threads import configure_threads
+
+        configure_threads(threads)
+    return RunOptions(batch=batch, **given)
+
+
+def sampling_from(items: tuple[str, ...]) -> dict[str, Any]:
+    """`--set NAME=VALUE` options as SamplingParams fields; values are JSON, or text."""
+    from qwenfit.errors import UsageError
+
+    found: dict[str, Any] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise UsageError(f"--set takes NAME=VALUE, not {item!r}.", "--set temperature=0.7")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+@click.command()
+@run_options
+@click.option("-p", "--prompt", help="answer this one prompt and leave")
+@click.option("-s", "--system", help="the system message")
+@click.option("--set", "settings", multiple=True, help="a sampling parameter, NAME=VALUE; may be repeated")
+@click.option("--stats", is_flag=True, help="print speed and memory after a one-shot answer, on stderr")
+def chat(prompt: str | None, system: str | None, settings: tuple[str, ...], stats: bool, **given: Any) -> int:
+    """Talk to MODEL: a conversation, one prompt (-p), or what comes through a pipe.
+
+    \b
+    qwenfit chat Qwen/Qwen2.5-7B-Instruct --precision int4
+    echo "What is a GPU?" | qwenfit chat ./model.gguf
+    """
+    from qwenfit.run import chat as verb
+    from qwenfit.run.planned import load_planned, stderr_progress
+
+    llm, made = load_planned(make_options(**given), stderr_progress("loading"))
+    talk = verb.Conversation(system=system, sampling=sampling_from(settings))
+    verb.check_sampling(llm, talk)
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read().strip()
+    if prompt is None:
+        verb.converse(llm, made, talk, verb.terminal_reader(), verb.write_now)
+        return 0
+    whole = verb.one_shot(llm, talk, prompt, verb.write_now)
+    if stats:
+        click.echo(verb.stats_text(llm, made, talk), err=True)
+    return 0 if whole else 130
+
+
+@click.command()
+@run_options
+@click.option("-i", "--input", "source", type=click.Path(path_type=Path), required=True, help="prompts, jsonl")
+@click.option("-o", "--output", "target", type=click.Path(path_type=Path), required=True, help="answers, jsonl")
+@click.option("--batch", type=int, default=8, help="requests at once  [8]")
+@click.option("--set", "settings", multiple=True, help="a sampling parameter, NAME=VALUE; may be repeated")
+def generate(source: Path, target: Path, batch: int, settings: tuple[str, ...], **given: Any) -> int:
+    """Answer a file of prompts; a run that was interrupted goes on where it stopped."""
+    from dataclasses import replace
+
+    from qwenfit.run import generate as verb
+    from qwenfit.run.chat import Conversation, check_sampling
+    from qwenfit.run.planned import load_planned, stderr_progress
+
+    verb.read_jobs(source)  # a bad line is named before the weights are read
+    llm, _ = load_planned(make_options(batch, **given), stderr_progress("loading"))
+    talk = Conversation(sampling=sampling_from(settings))
+    check_sampling(llm, talk)
+    base = replace(llm.default_params, **talk.sampling)
+    with verb.progress_bar() as progress:
+        now, before = verb.generate_file(llm, source, target, base, progress)
+    click.echo(f"{now} answered, {before} were there before: {target}", err=True)
+    return 0
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True)
+def models(as_json: bool) -> None:
+    """Every model that qwenfit knows by name."""
+    from qwenfit.run.models import known_models
+
+    rows = known_models()
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        size, kv = f"{row['parameters'] / 1e9:.2f}B", row["kv_bytes_per_token_bf16"] // 1024
+        click.echo(
+            f"{row['model']:<14}{size:>8}  {row['layers']} layers  context {row['context']:>6,}  {kv} KiB per token"
+        )
+
+
+@click.command()
+@click.argument("model")
+@click.option("--from", "source", default="huggingface", help="huggingface or modelscope")
+@click.option("--revision")
+def pull(model: str, source: str, revision: str | None) -> None:
+    """Download a model into the ecosystem's cache; prints its folder."""
+    from qwenfit.run.models import pull as fetch
+
+    click.echo(fetch(model, source, revision))
+
+
+@click.command("ls")
+@click.option("--json", "as_json", is_flag=True)
+def ls_(as_json: bool) -> None:
+    """Models in the cache, largest first."""
+    from dataclasses import asdict
+
+    from qwenfit.run.models import cached_models
+
+    found = cached_models()
+    if as_json:
+        click.echo(json.dumps([asdict(m) for m in found], indent=2))
+        return
+    for model in found:
+        click.echo(f"{model.nbytes / 1e9:>9.2f} GB  {model.id}  {model.path}")
+    if not found:
+        click.echo("The cache has no models. qwenfit pull MODEL downloads one.")
+
+
+@click.command()
+@click.argument("model")
+@click.option("-y", "--yes", is_flag=True, help="do not ask")
+def rm(model: str, yes: bool) -> None:
+    """Delete a model from the cache."""
+    from qwenfit.run.models import remove
+
+    if not yes:
+        click.confirm(f"Delete {model} from the cache?", abort=True)
+    click.echo(f"{remove(model) / 1e9:.2f} GB freed")
+
+
+@click.command()
+@click.argument("source")
+@click.argument("target", type=click.Path(path_type=Path))
+def convert(source: str, target: Path) -> None:
+    """Write SOURCE (a Qwen-1 checkpoint or a GGUF) as a folder in the Qwen2 layout at TARGET.
+
+    transformers 5, vLLM, SGLang and llama.cpp can serve the result.
+    """
+    from qwenfit.checkpoint.convert import convert as run
+    from qwenfit.run.planned import stderr_progress
+
+    click.echo(run(source, target, progress=stderr_progress("converting")))
+
+
+@click.command()
+@click.argument("kind", type=click.Choice(["decode", "prefill", "demo"]))
+@click.argument("model", required=False)
+@click.option("--precision")
+@click.option("--head-precision", type=click.Choice(["int8", "int4"]))
+@click.option("--kv-cache")
+@click.option("--device")
+@click.option("--threads", type=int)
+@click.option("--real-weights", is_flag=True, help="load MODEL's weights; default: random ones of its shape")
+@click.option("--prompt", type=int, help="tokens of each prompt")
+@click.option("--generate", type=int, help="tokens of each answer")
+@click.option("--batch", type=int, default=1)
+@click.option("--repeat", type=int, default=3)
+@click.option("--tolerance", type=float, help="exit 6 when a planned figure is off by more than this share")
+@click.option("--record", type=click.Path(path_type=Path), default=Path("measurements"), help="folder of the record")
+@click.option("--no-record", is_flag=True)
+@click.option("--json", "as_json", is_flag=True)
+def bench(kind: str, model: str | None, **given: Any) -> int:
+    """Plan and measure decoding or prompts of MODEL on this machine; `bench demo` picks the model.
+
+    \b
+    qwenfit bench decode Qwen-1.8B --precision int4
+    qwenfit bench prefill Qwen2.5-0.5B --prompt 512
+    """
+    from qwenfit.bench.verb import run_bench
+
+    return run_bench(kind, model, make_options, click.echo, **given)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True)
+def doctor(as_json: bool) -> int:
+    """Versions, devices, which kernels run here and why, and what is missing."""
+    from dataclasses import asdict
+
+    from qwenfit.run.doctor import examine, report
+
+    checks = examine()
+    click.echo(json.dumps([asdict(c) for c in checks], indent=2) if as_json else report(checks))
+    return 0

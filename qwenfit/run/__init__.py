@@ -1,0 +1,1 @@
+"""The verbs that execute a plan: chat, generate, the model cache, doctor."""

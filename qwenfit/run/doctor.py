@@ -1,0 +1,97 @@
+"""`qwenfit doctor`: versions, devices, which kernels run and why, and the command that adds what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from dataclasses import dataclass
+
+from qwenfit.bench.record import versions
+from qwenfit.hardware import Device, capability_notes
+
+EXTRAS = (
+    ("torch", "run", "running a model"),
+    ("safetensors", "run", "reading weights"),
+    ("tokenizers", "run", "tokenizer.json and GGUF vocabularies"),
+    ("tiktoken", "run", "Qwen-1's vocabulary"),
+    ("jinja2", "run", "chat templates of later models"),
+    ("gguf", "gguf", "GGUF weights"),
+    ("huggingface_hub", "hub", "downloading models"),
+)
+# Kernel choices shown: (kind of weight, rows of activations, what that is).
+CASES = (
+    ("bf16", 1, "decode"),
+    ("int8", 1, "decode"),
+    ("int4", 1, "decode"),
+    ("bf16", 512, "prompt"),
+    ("int8", 512, "prompt"),
+    ("int4", 512, "prompt"),
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: `status` is "ok", "missing" or "note"; `fix` is the command that helps."""
+
+    topic: str
+    status: str
+    text: str
+    fix: str = ""
+
+
+def examine() -> list[Check]:
+    """Everything that decides how a model runs here."""
+    checks = [Check("versions", "ok", ", ".join(f"{k} {v}" for k, v in versions().items()))]
+    checks += [check for device in _devices() for check in _device_checks(device)]
+    for package, extra, what in EXTRAS:
+        if importlib.util.find_spec(package) is None:
+            checks.append(Check("package", "missing", f"{package}: {what}", f"pip install 'qwenfit[{extra}]'"))
+    if importlib.util.find_spec("torch") is not None:
+        checks += _torch_checks()
+    return checks
+
+
+def _devices() -> list[Device]:
+    from qwenfit.detect import detect_hardware
+
+    return detect_hardware()
+
+
+def _device_checks(device: Device) -> list[Check]:
+    estimate = " (estimated)" if device.bandwidth_estimated else ""
+    text = (
+        f"{device.name}: {device.usable_bytes / 1e9:.1f} of {device.memory_bytes / 1e9:.1f} GB free, "
+        f"{device.bandwidth / 1e9:.0f} GB/s{estimate}, {device.architecture}"
+    )
+    return [Check("device", "ok", text)] + [Check("device", "note", note) for note in capability_notes(device)]
+
+
+def _torch_checks() -> list[Check]:
+    import torch
+
+    from qwenfit.kernels.choice import choose_kernel
+
+    on_gpu = torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
+    checks = [Check("torch", "ok", f"runs on {device}, {torch.get_num_threads()} CPU threads")]
+    if not on_gpu and shutil.which("nvidia-smi"):
+        checks.append(
+            Check(
+                "torch", "missing", "a GPU is here, but this torch is built without CUDA", "pip install --upgrade torch"
+            )
+        )
+    for weight, rows, what in CASES:
+        choice = choose_kernel(weight, torch.bfloat16, rows, device)
+        status = "note" if "missing" in choice.reason else "ok"
+        fix = "apt-get install gcc" if status == "note" and device == "cpu" else ""
+        checks.append(Check("kernel", status, f"{weight} {what}: {choice.name} ({choice.reason})", fix))
+    return checks
+
+
+def report(checks: list[Check]) -> str:
+    """One line a finding."""
+    rows = []
+    for check in checks:
+        fix = f"  -> {check.fix}" if check.fix else ""
+        rows.append(f"{check.status:<8}{check.topic:<10}{check.text}{fix}")
+    return "\n".join(rows)

@@ -1,0 +1,136 @@
+"""`qwenfit models`, `pull`, `ls`, `rm`: what is known, and what lies in the ecosystem's own cache.
+
+The cache is huggingface_hub's (HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE and HF_TOKEN are honoured) or ModelScope's; both
+are read and changed through their own libraries only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qwenfit.catalog import dense_model_names, find_model, get_model
+from qwenfit.errors import NotFound, UsageError, missing_extra, nearest
+
+# What a model needs; weights as .bin, and code, are never fetched.
+PATTERNS = ("*.json", "*.safetensors", "*.tiktoken", "*.txt", "*.jinja", "*.gguf")
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """One model of the cache: its id, bytes on disk, and when it was last used (seconds since 1970)."""
+
+    id: str
+    nbytes: int
+    last_used: float
+    path: str
+
+
+def known_models() -> list[dict[str, Any]]:
+    """Every dense model of the catalog with its size and context."""
+    rows = []
+    for name in dense_model_names():
+        config = get_model(name)
+        rows.append(
+            {
+                "model": name,
+                "parameters": config.parameters,
+                "layers": config.num_layers,
+                "heads": config.num_heads,
+                "kv_heads": config.num_kv_heads,
+                "context": config.context_length,
+                "kv_bytes_per_token_bf16": 2 * config.kv_elements_per_token,
+            }
+        )
+    return rows
+
+
+def repository(name: str) -> str:
+    """The Hub id of a catalog name (`Qwen-7B` -> `Qwen/Qwen-7B`); an id with an owner is kept."""
+    if "/" in name:
+        return name
+    if find_model(name) is None:
+        near = nearest(name, dense_model_names())
+        raise NotFound(f"There is no model {name!r}.", f"Did you mean {', '.join(near)}? Or OWNER/NAME of the Hub.")
+    return "Qwen/" + name.replace("Qwen-1.8B", "Qwen-1_8B")
+
+
+def pull(name: str, source: str = "huggingface", revision: str | None = None) -> str:
+    """Download a model's configuration, tokenizer and weights into the cache; returns the folder.
+
+    Raises NotFound when the model, the network or the library is missing.
+    """
+    repo = repository(name)
+    if source == "modelscope":
+        return _pull_modelscope(repo, revision)
+    if source != "huggingface":
+        raise UsageError(f"There is no source {source!r}.", "--from huggingface or --from modelscope")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    except ImportError as error:
+        raise missing_extra("huggingface_hub", "hub") from error
+    try:
+        return str(snapshot_download(repo, revision=revision, allow_patterns=list(PATTERNS)))
+    except RepositoryNotFoundError as error:
+        raise NotFound(f"The Hub has no model {repo}, or it is private.", "set HF_TOKEN for a private one") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise NotFound(
+            f"{repo} cannot be downloaded: the Hub is not reachable from here.",
+            "check the network and HF_HUB_OFFLINE, or try --from modelscope",
+        ) from error
+
+
+def _pull_modelscope(repo: str, revision: str | None) -> str:
+    try:
+        from modelscope import snapshot_download  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        raise NotFound(
+            "This needs the package modelscope, which is not installed.", "pip install modelscope"
+        ) from error
+    try:
+        return str(
+            snapshot_download(repo.replace("Qwen/", "qwen/", 1), revision=revision, allow_patterns=list(PATTERNS))
+        )
+    except Exception as error:  # the library raises requests' and its own errors alike
+        raise NotFound(f"{repo} cannot be downloaded from ModelScope.", "check the name and the network") from error
+
+
+def cached_models() -> list[CachedModel]:
+    """Models in huggingface_hub's cache, largest first."""
+    info = _scan()
+    found = [
+        CachedModel(repo.repo_id, repo.size_on_disk, repo.last_accessed, str(repo.repo_path))
+        for repo in info.repos
+        if repo.repo_type == "model"
+    ]
+    return sorted(found, key=lambda model: -model.nbytes)
+
+
+def remove(name: str) -> int:
+    """Delete a model from the cache; returns the bytes freed. Raises NotFound when it is not there."""
+    info = _scan()
+    wanted = {name, name if "/" in name else f"Qwen/{name}"}
+    hashes = [rev.commit_hash for repo in info.repos if repo.repo_id in wanted for rev in repo.revisions]
+    if not hashes:
+        near = nearest(name, [repo.repo_id for repo in info.repos])
+        raise NotFound(f"{name} is not in the cache.", f"Did you mean {', '.join(near)}?" if near else "qwenfit ls")
+    strategy = info.delete_revisions(*hashes)
+    strategy.execute()
+    return int(strategy.expected_freed_size)
+
+
+def _scan() -> Any:
+    try:
+        from huggingface_hub import scan_cache_dir
+        from huggingface_hub.errors import CacheNotFound
+    except ImportError as error:
+        raise missing_extra("huggingface_hub", "hub") from error
+    try:
+        return scan_cache_dir()
+    except CacheNotFound:
+        return _EmptyCache()
+
+
+class _EmptyCache:
+    repos: tuple[Any, ...] = ()
