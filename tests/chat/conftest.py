@@ -1,0 +1,5 @@
+"""Tokenizer fixtures, shared with tests/checkpoint."""
+
+from fixtures_tokenizer import qwen1, qwen_tiktoken, real_gguf, small, small_folder
+
+__all__ = ["qwen1", "qwen_tiktoken", "real_gguf", "small", "small_folder"]
