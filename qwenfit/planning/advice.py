@@ -176,7 +176,8 @@ def _faster_inference(plan: Plan, task: Inference) -> list[Advice]:
         if other and other.speed.tokens_per_s > 1.2 * pace:
             why = "decoding is a matter of bytes read; 7B's MMLU goes from 55.8 to 55.1 (official README)"
             _advise(found, "use int4 weights for speed", why, plan, other)
-    if task.kv_cache != "int8" and plan.memory.kv_cache > 0.25 * plan.memory.allocated:
+    pool = get_stack(plan.stack).utilization is not None  # then the cache is what is left, whatever is needed
+    if not pool and task.kv_cache != "int8" and plan.memory.kv_cache > 0.25 * plan.memory.allocated:
         why = "the cache is a large part of the memory; int8 halves it, so batch or context can double"
         other = try_replan(plan, task=replace(task, kv_cache="int8"))
         _advise(found, "quantize the KV cache to int8", why, plan, other)

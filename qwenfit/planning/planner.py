@@ -183,6 +183,12 @@ def choose_precision(config: ModelConfig, task: Task, device: Device, asked: str
                 f"{wanted} weights cannot be trained by {task.method}.", "Use --task qlora, or a 16-bit checkpoint."
             )
         wanted = "bf16"
+    if isinstance(task, Finetune) and wanted == "fp32":
+        if asked is not None:
+            raise UsageError(
+                "Finetuning computes in 16 bits; float32 is for the master weights.", "Use --precision bf16."
+            )
+        wanted = "bf16"
     if wanted == "bf16" and not device.bf16 and device.kind != "cpu":
         wanted = "fp16"
     return wanted

@@ -100,9 +100,7 @@ def answer(model: str, find: str, options: dict[str, Any], form: str, echo: Echo
     if find == "gpu":
         plans = cards_that_fit(made)
         if not plans:
-            return _no_answer(
-                find, f"{made.model.name} fits no catalog card for this task, up to 8 of them.", form, echo
-            )
+            return _no_answer(find, f"{made.model.name} does not fit up to 8 of any catalog card.", form, echo)
         if form == "json":
             names = [hardware_name(p) for p in plans]
             _echo_json({"find": find, "answer": names, "plans": [p.to_dict() for p in plans]}, echo)
