@@ -180,7 +180,7 @@ def stats_text(llm: LLM, made: Plan, talk: Conversation) -> str:
         rows = [
             f"prompt   {stats.prompt_tokens} tokens, {stats.cached_tokens} of them from the prefix cache",
             f"first    {1000 * stats.time_to_first_token:.0f} ms to the first token",
-            f"decode   {stats.decode_tokens_per_s:.1f} tokens/s for {stats.completion_tokens} tokens, {speed:.1f} planned",
+            f"decode   {stats.decode_tokens_per_s:.1f} tokens/s over {stats.completion_tokens}, {speed:.1f} planned",
             *rows,
         ]
     return "\n".join(rows)
