@@ -154,9 +154,9 @@ def _targets(found: list[Evidence]) -> str:
         "## Median and worst absolute error\n\n"
         + _table(head, rows)
         + "\n\nThe finetuning constants saw 1.8B and 7B on one GPU only, so the rows of 14B and 72B, of ZeRO-3 over "
-        "several GPUs and of two nodes are held out by model and by hardware. Of the tokens/s the vLLM row is held out: "
-        "its constants are from an H100. The README does not state the network between its two nodes; the plan takes "
-        "100 Gb/s.\n\n" + _verdicts()
+        "several GPUs and of two nodes are held out by model and by hardware. Of tokens/s the vLLM row is held out, "
+        "its constants being from an H100. The README does not state the network between its two nodes; it is "
+        "planned at 100 Gb/s.\n\n" + _verdicts()
     )
 
 
