@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from qwenfit import __version__
-from qwenfit.errors import QwenfitError
+from qwenfit.errors import QwenfitError, UsageError
 
 SETTINGS = {
     "help_option_names": ["-h", "--help"],
@@ -118,6 +118,8 @@ def plan(model: str | None, find: str | None, output: str, as_json: bool, **opti
 
     form = "json" if as_json else output
     if model is None:
+        if find is not None:
+            raise UsageError("--find is a question about one model.", f"qwenfit plan MODEL --find {find}")
         return verbs.plan_everything(options, form, _colour(), click.echo)
     if find is not None:
         return verbs.answer(model, find, options, form, click.echo)
@@ -129,11 +131,13 @@ def plan(model: str | None, find: str | None, output: str, as_json: bool, **opti
 @click.option("--json", "as_json", is_flag=True)
 def guide(table: str | None, as_json: bool) -> None:
     """Every table of the hardware guide, cell by cell: its figure, our prediction, and whether it can be true."""
-    from qwenfit.guide import guide_json, print_guide
-
     if as_json:
+        from qwenfit.guide.cells import guide_json
+
         _print_json(guide_json())
     else:
         from rich.console import Console
+
+        from qwenfit.guide.render import print_guide
 
         print_guide(Console(), table)
