@@ -104,16 +104,19 @@ def test_the_check_fails_on_a_stale_page(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_records_of_real_runs_join_the_page(tmp_path: Path) -> None:
     assert "no record" in accuracy_markdown(tmp_path)
-    plan = {"memory": {"allocated": 2**30, "process": 3 * 2**30}, "speed": {"tokens_per_s": 90.0, "bound": "host"}}
-    measured = {"memory": {"allocated": 2**31}, "speed": {"tokens_per_s": 100.0, "bound": "host"}}
-    (tmp_path / "run.json").write_text(json.dumps({"plan": plan, "measured": measured}))
+    figures = {
+        "process": {"unit": "GB", "planned": 1.0, "measured": 2.0},
+        "decode_tokens_per_s": {"unit": "tokens/s each", "planned": 90.0, "measured": 100.0},
+        "unaccounted": {"unit": "GB", "planned": None, "measured": 0.5},
+    }
+    (tmp_path / "run.json").write_text(json.dumps({"figures": figures}))
     (tmp_path / "other.json").write_text(json.dumps({"versions": {}}))
     rows = [(row.record, row.figure, row.plan, row.measured, row.error) for row in measurement_rows(tmp_path)]
     assert rows == [
-        ("run", "memory.allocated, GiB", 1.0, 2.0, -0.5),
-        ("run", "speed.tokens_per_s", 90.0, 100.0, pytest.approx(-0.1)),
+        ("run", "process, GB", 1.0, 2.0, -0.5),
+        ("run", "decode tokens per s, tokens/s each", 90.0, 100.0, pytest.approx(-0.1)),
     ]
-    assert "| run | speed.tokens_per_s | 90.00 | 100.0 | -10.0 % |" in accuracy_markdown(tmp_path)
+    assert "| run | decode tokens per s, tokens/s each | 90.00 | 100.0 | -10.0 % |" in accuracy_markdown(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\x00"])
