@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -16,10 +14,10 @@ from qwenfit.checkpoint.expected import Parameter
 from qwenfit.checkpoint.names import is_layer_linear
 from qwenfit.checkpoint.random_weights import RandomWeights
 from qwenfit.checkpoint.resolve import resolve_model
-from qwenfit.checkpoint.weights import BLOCK_BYTES, FLOAT_DTYPES, CanonicalWeights, WeightSource
+from qwenfit.checkpoint.weights import FLOAT_DTYPES, CanonicalWeights, WeightSource
 from qwenfit.checkpoint.weights_gguf import GGUFSource
 from qwenfit.checkpoint.weights_safetensors import SafetensorsSource
-from qwenfit.config import ModelConfig, Quantization
+from qwenfit.config import ModelConfig
 from qwenfit.errors import NotFound, UsageError
 from qwenfit.model.linear import Linear
 from qwenfit.model.transformer import Transformer
@@ -29,17 +27,9 @@ from qwenfit.quantize.types import QuantizedWeight
 FLOAT_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INT_PRECISIONS = {"int8": 8, "int4": 4}
 GROUP_SIZE = 128  # of weights that are quantized while loading
+ROUNDED_AT_ONCE = 1 << 20  # weights that are in float32 at once for it; rounding keeps a few copies
 
 Progress = Callable[[int, int], None]  # (bytes of the checkpoint done, bytes in all)
-
-
-class Weights(Protocol):
-    """What a model is filled from: a checkpoint's CanonicalWeights, or RandomWeights."""
-
-    def in_file_order(self) -> list[Parameter]: ...
-    def stored_size(self, parameter: Parameter) -> int: ...
-    def read_rows(self, parameter: Parameter, start: int, out: torch.Tensor) -> None: ...
-    def quantized(self, parameter: Parameter) -> QuantizedWeight: ...
 
 
 def load_model(
@@ -67,10 +57,9 @@ def load_model(
         config = _with_files(config, str(path_or_name))
     bits, dtype = _choose(config, precision, dtype)
     head_bits = _bits(head_precision, "head precision") if head_precision else None
-    weights: Weights
+    weights: CanonicalWeights | RandomWeights
     if random_weights:
-        quantization = Quantization("gptq", bits, GROUP_SIZE) if bits else None
-        weights = RandomWeights(replace(config, quantization=quantization), seed)
+        weights = RandomWeights(config, seed)
     else:
         weights = open_weights(config)
         weights.check_surplus()
@@ -143,7 +132,7 @@ def _bits(precision: str, what: str) -> int:
 
 def _fill(
     model: Transformer,
-    weights: Weights,
+    weights: CanonicalWeights | RandomWeights,
     parameter: Parameter,
     bits: int | None,
     head_bits: int | None,
@@ -151,30 +140,42 @@ def _fill(
 ) -> None:
     """Put one parameter into its place; a tied head that is quantized is made along with the embedding."""
     name, dtype = parameter.name, model.dtype
+    if head_bits and name == ("embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"):
+        model.lm_head = _quantized_linear(weights, parameter, head_bits, dtype, device)
     if name == "lm_head.weight" and head_bits:
-        model.lm_head = Linear.from_quantized(_quantize(weights, parameter, head_bits, device), None, dtype, device)
-    elif is_layer_linear(name) and bits:
-        quantized = weights.quantized(parameter) if parameter.quantized else _quantize(weights, parameter, bits, device)
+        return
+    if is_layer_linear(name) and bits:
         plain = model.get_submodule(parameter.module)
         assert isinstance(plain, Linear)
-        linear = Linear.from_quantized(quantized, None, dtype, device)
+        linear = _quantized_linear(weights, parameter, bits, dtype, device)
         linear.bias = plain.bias  # its own turn comes before or after
         model.set_submodule(parameter.module, linear)
+        return
+    tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
+    if isinstance(weights, CanonicalWeights) and parameter.quantized:
+        tensor.copy_(weights.quantized(parameter).dequantize(dtype))
     else:
-        tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
-        if parameter.quantized:
-            tensor.copy_(weights.quantized(parameter).dequantize(dtype))
-        else:
-            weights.read_rows(parameter, 0, tensor)
-        setattr(model.get_submodule(parameter.module), parameter.suffix, nn.Parameter(tensor, requires_grad=False))
-    if name == "embed_tokens.weight" and model.config.tie_word_embeddings and head_bits:
-        model.lm_head = Linear.from_quantized(_quantize(weights, parameter, head_bits, device), None, dtype, device)
+        weights.read_rows(parameter, 0, tensor)
+    setattr(model.get_submodule(parameter.module), parameter.suffix, nn.Parameter(tensor, requires_grad=False))
 
 
-def _quantize(weights: Weights, parameter: Parameter, bits: int, device: torch.device) -> QuantizedWeight:
+def _quantized_linear(
+    weights: CanonicalWeights | RandomWeights,
+    parameter: Parameter,
+    bits: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Linear:
+    if isinstance(weights, RandomWeights):
+        return Linear(None, None, weights.packed(parameter, bits, GROUP_SIZE, dtype, device))
+    quantized = weights.quantized(parameter) if parameter.quantized else _quantize(weights, parameter, bits, device)
+    return Linear.from_quantized(quantized, None, dtype, device)
+
+
+def _quantize(weights: CanonicalWeights, parameter: Parameter, bits: int, device: torch.device) -> QuantizedWeight:
     """Round a plain weight to nearest, a block of rows at a time, so that it is never whole in 16 or 32 bits."""
     out_features, in_features = parameter.shape
-    step = min(out_features, max(1, BLOCK_BYTES // (4 * in_features)))
+    step = min(out_features, max(1, ROUNDED_AT_ONCE // in_features))
     block = torch.empty(step, in_features, device=device)
     groups = -(-in_features // GROUP_SIZE)
     q = torch.empty(out_features, in_features, dtype=torch.uint8, device=device)

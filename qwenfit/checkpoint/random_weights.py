@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import math
 import zlib
+from dataclasses import replace
 
 import torch
 
 from qwenfit.checkpoint.expected import Parameter, stored_parameters
 from qwenfit.config import ModelConfig
+from qwenfit.kernels.packed import PackedWeight, pack
 from qwenfit.quantize.types import QuantizedWeight
 
 POOL_SIZE = (1 << 22) + 15  # odd, so that repetitions of the pool do not line up with rows
 
 
 class RandomWeights:
-    """Parameters drawn from one seeded pool of normal values, each from its own offset.
+    """Parameters drawn from one seeded pool of normal values and one of bytes, each from its own offset.
 
     Matrices have a standard deviation of 1 / sqrt(in): the residual stream then grows by about one per layer and stays
-    finite in 16 bits. With `config.quantization` the layer linears are random integers with the scale that gives the
-    same deviation.
+    finite in 16 bits.
     """
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.config = config
-        self.parameters = stored_parameters(config, gguf=False)
+        self.parameters = stored_parameters(replace(config, quantization=None), gguf=False)
         self._seed = seed
-        self._normal = torch.randn(POOL_SIZE, generator=generator)
-        self._typed = {torch.float32: self._normal}
-        if config.quantization is not None:
-            top = 2**config.quantization.bits
-            self._integers = torch.randint(0, top, (POOL_SIZE,), dtype=torch.uint8, generator=generator)
+        self._normal = {torch.float32: torch.randn(POOL_SIZE, generator=generator)}
+        self._bytes = torch.randint(0, 256, (POOL_SIZE,), dtype=torch.uint8, generator=generator)
+        self._packed: dict[tuple[tuple[int, ...], int], PackedWeight] = {}
 
     def in_file_order(self) -> list[Parameter]:
         return list(self.parameters.values())
@@ -42,9 +40,10 @@ class RandomWeights:
 
     def read_rows(self, parameter: Parameter, start: int, out: torch.Tensor) -> None:
         """Fill `out` with rows `start` onwards of a parameter."""
-        pool = self._typed.setdefault(out.dtype, self._normal.to(out.dtype))
+        if out.dtype not in self._normal:
+            self._normal[out.dtype] = self._normal[torch.float32].to(out.dtype)
         row_size = math.prod(parameter.shape[1:])
-        _tile(pool, self._offset(parameter) + start * row_size, out.view(-1))
+        _tile(self._normal[out.dtype], self._offset(parameter) + start * row_size, out.view(-1))
         if len(parameter.shape) == 2:
             out.mul_(parameter.shape[1] ** -0.5)
         elif parameter.suffix == "bias":
@@ -52,18 +51,30 @@ class RandomWeights:
         else:
             out.mul_(0.02).add_(1)  # a norm's weight
 
-    def quantized(self, parameter: Parameter) -> QuantizedWeight:
-        """Random integers of all values, with one scale for the matrix, symmetric, on the CPU."""
-        quantization = self.config.quantization
-        assert quantization is not None
+    def packed(
+        self, parameter: Parameter, bits: int, group_size: int, dtype: torch.dtype, device: torch.device
+    ) -> PackedWeight:
+        """A matrix of random integers with the scale that gives its deviation, in the kernels' layout.
+
+        Packing costs more than filling memory, so it is done once for a shape. Any bytes are codes in every layout:
+        a layer of the same shape is a copy with its codes filled anew.
+        """
+        key = (parameter.shape, bits)
+        if key not in self._packed:
+            self._packed[key] = pack(self._integers(parameter, bits, group_size), dtype, device)
+        first = self._packed[key]
+        codes = torch.empty_like(first.codes)
+        _tile(self._bytes, self._offset(parameter), codes.view(-1).view(torch.uint8))
+        zeros = None if first.zeros is None else first.zeros.clone()
+        return replace(first, codes=codes, scales=first.scales.clone(), zeros=zeros)
+
+    def _integers(self, parameter: Parameter, bits: int, group_size: int) -> QuantizedWeight:
         out_features, in_features = parameter.shape
-        bits, middle = quantization.bits, 2 ** (quantization.bits - 1)
         q = torch.empty(out_features, in_features, dtype=torch.uint8)
-        _tile(self._integers, self._offset(parameter), q.view(-1))
+        _tile(self._bytes & (2**bits - 1), self._offset(parameter), q.view(-1))
         deviation = math.sqrt((4.0**bits - 1) / 12)  # of integers uniform on 0 .. 2**bits - 1
-        groups = -(-in_features // quantization.group_size)
-        scales = torch.full((out_features, groups), in_features**-0.5 / deviation)
-        return QuantizedWeight(bits, quantization.group_size, q, scales, torch.full_like(scales, middle))
+        scales = torch.full((out_features, -(-in_features // group_size)), in_features**-0.5 / deviation)
+        return QuantizedWeight(bits, group_size, q, scales, torch.full_like(scales, 2 ** (bits - 1)))
 
     def _offset(self, parameter: Parameter) -> int:
         return zlib.crc32(f"{self._seed} {parameter.name}".encode()) % POOL_SIZE

@@ -18,7 +18,7 @@ from qwenfit.config import ModelConfig, TensorInfo
 from qwenfit.errors import BadFile
 from qwenfit.quantize.types import QuantizedWeight
 
-BLOCK_BYTES = 1 << 24  # bytes of a stored tensor held at once when it cannot be read straight into its place
+BLOCK_BYTES = 1 << 23  # bytes of a stored tensor held at once when it cannot be read straight into its place
 FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PLAIN_DTYPES = {**FLOAT_DTYPES, "int32": torch.int32}
 
@@ -37,9 +37,12 @@ class WeightSource(Protocol):
         """Whether the stored tensor is floating point, or dequantised to it by `read_rows`."""
 
 
-def read_plain_rows(file: io.FileIO, offset: int, stored_dtype: torch.dtype, out: torch.Tensor) -> None:
+def read_plain_rows(
+    file: io.FileIO, offset: int, stored_dtype: torch.dtype, out: torch.Tensor, staging: torch.Tensor
+) -> None:
     """Fill `out` from the elements at byte `offset`: straight into its memory where that is possible, else by blocks.
 
+    `staging`: uint8 [BLOCK_BYTES], the caller's to keep, since a new one each time would leave holes in the heap.
     Raises BadFile when the file ends early (it was changed after its header was checked).
     """
     if out.device.type == "cpu" and out.dtype == stored_dtype and out.is_contiguous():
@@ -47,10 +50,9 @@ def read_plain_rows(file: io.FileIO, offset: int, stored_dtype: torch.dtype, out
         return
     row_bytes = math.prod(out.shape[1:]) * stored_dtype.itemsize
     step = max(1, BLOCK_BYTES // row_bytes)
-    staging = torch.empty((min(step, out.shape[0]), *out.shape[1:]), dtype=stored_dtype)
     for row in range(0, out.shape[0], step):
         target = out[row : row + step]
-        block = staging[: target.shape[0]]
+        block = staging[: target.shape[0] * row_bytes].view(stored_dtype).view(target.shape)
         read_exactly(file, offset + row * row_bytes, block)
         target.copy_(block)
 

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 
 from qwenfit.checkpoint.headers_gguf import GGML_TYPES, read_gguf_header
-from qwenfit.checkpoint.weights import read_exactly, read_plain_rows
+from qwenfit.checkpoint.weights import BLOCK_BYTES, read_exactly, read_plain_rows
 from qwenfit.config import TensorInfo
 from qwenfit.errors import missing_extra
 
@@ -39,6 +39,7 @@ class GGUFSource:
         self._stored = {t.name: t for t in stored}
         self._file = io.FileIO(path)
         self._lock = threading.Lock()
+        self._staging = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
         self._gguf = _package() if any(t.type_name in QUANTIZED for t in stored) else None
 
     def is_floating(self, name: str) -> bool:
@@ -52,7 +53,7 @@ class GGUFSource:
         width = math.prod(out.shape[1:])
         row_bytes = width // block_elements * block_bytes
         if tensor.type_name in PLAIN:
-            read_plain_rows(self._file, tensor.offset + start * row_bytes, PLAIN[tensor.type_name], out)
+            read_plain_rows(self._file, tensor.offset + start * row_bytes, PLAIN[tensor.type_name], out, self._staging)
             return
         assert self._gguf is not None
         quantization_type = self._gguf.GGMLQuantizationType(tensor.ggml_type)

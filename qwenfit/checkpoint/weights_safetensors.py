@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from qwenfit.checkpoint.headers_safetensors import read_checkpoint_headers
-from qwenfit.checkpoint.weights import FLOAT_DTYPES, PLAIN_DTYPES, read_plain_rows
+from qwenfit.checkpoint.weights import BLOCK_BYTES, FLOAT_DTYPES, PLAIN_DTYPES, read_plain_rows
 from qwenfit.config import TensorInfo
 from qwenfit.errors import NotFound
 
@@ -23,6 +23,7 @@ class SafetensorsSource:
         self.path = str(folder)
         self.tensors: dict[str, TensorInfo] = {}
         self._places: dict[str, tuple[io.FileIO, int]] = {}
+        self._staging = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
         headers = read_checkpoint_headers(folder)
         if not headers:
             raise NotFound(
@@ -42,4 +43,4 @@ class SafetensorsSource:
         """Fill `out` with rows `start` onwards of a stored tensor, converted to out's dtype and device."""
         file, offset = self._places[name]
         dtype = PLAIN_DTYPES[self.tensors[name].dtype]
-        read_plain_rows(file, offset + start * math.prod(out.shape[1:]) * dtype.itemsize, dtype, out)
+        read_plain_rows(file, offset + start * math.prod(out.shape[1:]) * dtype.itemsize, dtype, out, self._staging)

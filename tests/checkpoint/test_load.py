@@ -71,7 +71,7 @@ def test_without_a_precision_weights_keep_their_type(tmp_path):
 @pytest.mark.parametrize(("precision", "bits"), [("int8", 8), ("int4", 4)])
 def test_weights_rounded_while_loading_are_those_rounded_whole(tmp_path, monkeypatch, precision, bits):
     """Rounding a block of rows at a time, q, k and v apart, equals rounding the fused matrix at once."""
-    monkeypatch.setattr("qwenfit.checkpoint.load.BLOCK_BYTES", 4 * 256 * 50)  # blocks of 50 rows: off the seams
+    monkeypatch.setattr("qwenfit.checkpoint.load.ROUNDED_AT_ONCE", 256 * 50)  # blocks of 50 rows: off the seams
     seen = {}
     monkeypatch.setattr("qwenfit.model.linear.pack", lambda q, dtype, device: seen.setdefault(len(seen), q))
     tensors = qwen2_tensors(qwen2_config())
