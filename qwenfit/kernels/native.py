@@ -1,4 +1,4 @@
-"""The C kernels of native.c: compiled once for this CPU by the system's C compiler, loaded with ctypes.
+"""The C kernels of gemv.c and gemm.c: compiled once for this CPU by the system's C compiler, loaded with ctypes.
 
 Nothing depends on them: without a compiler the same products go through torch, and `why_not()` says what is missing.
 """
@@ -22,12 +22,11 @@ GEMV_ROWS = 4  # most rows of x that the matrix-vector kernels take
 ROWS = 16  # output rows interleaved in the packed layout
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # activations the kernels read and write
 
-_SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = ["-std=c11", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC"]
 
 
 class Weight(ctypes.Structure):
-    """The struct Packed of native.c. The tensors behind the pointers must outlive it."""
+    """The struct Packed of packed.h. The tensors behind the pointers must outlive it."""
 
     _fields_ = [
         ("words", ctypes.c_void_p),
@@ -40,13 +39,12 @@ class Weight(ctypes.Structure):
 
 
 def available() -> bool:
-    return isinstance(_load(), ctypes.CDLL)
+    return not why_not()
 
 
 def why_not() -> str:
     """Why the kernels are missing, with the command that helps; empty when they are there."""
-    loaded = _load()
-    return loaded if isinstance(loaded, str) else ""
+    return next((loaded for loaded in (_load("gemv.c"), _load("gemm.c")) if isinstance(loaded, str)), "")
 
 
 def packed_gemv(bits: int, weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -54,7 +52,7 @@ def packed_gemv(bits: int, weight: Weight, x: torch.Tensor, bias: torch.Tensor |
     x = x.contiguous()
     y = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype)
     _check(
-        _library().qwenfit_packed_gemv(
+        _gemv().qwenfit_packed_gemv(
             bits,
             weight,
             x.data_ptr(),
@@ -75,7 +73,7 @@ def bf16_gemv(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) 
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
     shape = _bf16_weight(weight)
     _check(
-        _library().qwenfit_bf16_gemv(
+        _gemv().qwenfit_bf16_gemv(
             shape, x.data_ptr(), x.shape[0], y.data_ptr(), _pointer(bias), DTYPES[x.dtype], _threads()
         )
     )
@@ -85,26 +83,26 @@ def bf16_gemv(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) 
 def packed_gemm(bits: int, weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [rows, in] -> [rows, out] of the same dtype, computed in float32; any number of rows."""
     padding = weight.in_features - x.shape[1]
-    return _gemm(bits, weight, torch.nn.functional.pad(x, (0, padding)) if padding else x, bias)
+    return _multiply(bits, weight, torch.nn.functional.pad(x, (0, padding)) if padding else x, bias)
 
 
 def bf16_gemm(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [rows, in] times weight [out, in] of bfloat16 -> [rows, out] of x's dtype, computed in float32."""
-    return _gemm(16, _bf16_weight(weight), x, bias)
+    return _multiply(16, _bf16_weight(weight), x, bias)
 
 
 def unpack(bits: int, weight: Weight, in_features: int, dtype: torch.dtype) -> torch.Tensor:
     """The packed weight as [out, in_features] of float32 or bfloat16."""
     result = torch.empty(weight.out_features, in_features, dtype=dtype)
-    _library().qwenfit_unpack(bits, weight, in_features, result.data_ptr(), DTYPES[dtype], _threads())
+    _gemm().qwenfit_unpack(bits, weight, in_features, result.data_ptr(), DTYPES[dtype], _threads())
     return result
 
 
-def _gemm(bits: int, weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _multiply(bits: int, weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     wide = x.float().contiguous()
     y = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype)
     _check(
-        _library().qwenfit_gemm(
+        _gemm().qwenfit_gemm(
             bits, weight, wide.data_ptr(), x.shape[0], y.data_ptr(), _pointer(bias), DTYPES[x.dtype], _threads()
         )
     )
@@ -129,25 +127,46 @@ def _check(failed: int) -> None:
         raise MemoryError("out of memory in a matrix product")
 
 
-def _library() -> ctypes.CDLL:
-    loaded = _load()
-    assert isinstance(loaded, ctypes.CDLL), loaded
-    return loaded
+@functools.cache
+def _gemv() -> ctypes.CDLL:
+    library = _load("gemv.c")
+    assert isinstance(library, ctypes.CDLL), library
+    number, long, pointer, weight = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.POINTER(Weight)
+    common = (number, long, pointer, pointer, number, number)
+    library.qwenfit_packed_gemv.argtypes = [number, weight, pointer, *common]
+    library.qwenfit_bf16_gemv.argtypes = [weight, pointer, number, pointer, pointer, number, number]
+    return library
 
 
 @functools.cache
-def _load() -> ctypes.CDLL | str:
-    """The compiled library, or the reason why there is none."""
+def _gemm() -> ctypes.CDLL:
+    library = _load("gemm.c")
+    assert isinstance(library, ctypes.CDLL), library
+    number, long, pointer, weight = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.POINTER(Weight)
+    library.qwenfit_gemm.argtypes = [number, weight, pointer, long, pointer, pointer, number, number]
+    library.qwenfit_unpack.argtypes = [number, weight, long, pointer, number, number]
+    library.qwenfit_unpack.restype = None
+    return library
+
+
+def _load(name: str) -> ctypes.CDLL | str:
+    return load(Path(__file__).with_name(name))
+
+
+@functools.cache
+def load(source: Path) -> ctypes.CDLL | str:
+    """A C file of this folder compiled and loaded, or the reason why it could not be."""
     compiler = next(filter(None, map(shutil.which, [os.environ.get("CC", ""), "cc", "gcc", "clang"])), None)
     if compiler is None:
         return "no C compiler was found (apt install gcc)"
     # The binary holds this CPU's instructions, and a home directory may be shared between machines.
-    key = "\n".join([_SOURCE.read_text(), compiler, *_FLAGS, _cpu()])
+    texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
+    key = "\n".join([*texts, compiler, *_FLAGS, _cpu()])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwenfit" / "native"
     target = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     try:
         if not target.exists():
-            _compile(compiler, target)
+            _compile(compiler, source, target)
         _share_openmp()
         library = ctypes.CDLL(str(target))
     except subprocess.CalledProcessError as error:
@@ -155,16 +174,15 @@ def _load() -> ctypes.CDLL | str:
         return f"{compiler} could not compile them: {lines[0]}"
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"they could not be built or loaded: {error}"
-    _declare(library)
     return library
 
 
-def _compile(compiler: str, target: Path) -> None:
+def _compile(compiler: str, source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         built, linked = Path(folder) / "native.o", Path(folder) / "native.so"
         # Linked without -fopenmp: the symbols come from the OpenMP runtime that torch has loaded, see _share_openmp.
-        for command in ([*_FLAGS, "-c", str(_SOURCE), "-o", str(built)], ["-shared", str(built), "-o", str(linked)]):
+        for command in ([*_FLAGS, "-c", str(source), "-o", str(built)], ["-shared", str(built), "-o", str(linked)]):
             subprocess.run([compiler, *command], check=True, capture_output=True, text=True, timeout=120)
         linked.replace(target)  # atomic: another process may be doing the same
 
@@ -184,14 +202,3 @@ def _cpu() -> str:
     with open("/proc/cpuinfo") as cpuinfo:
         flags = next((line for line in cpuinfo if line.lower().startswith(("flags", "features"))), "")
     return f"{platform.machine()} {flags}"
-
-
-def _declare(library: ctypes.CDLL) -> None:
-    number, long, pointer, weight = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.POINTER(Weight)
-    library.qwenfit_packed_gemv.argtypes = [
-        number, weight, pointer, number, long, pointer, pointer, number, number,
-    ]  # fmt: skip
-    library.qwenfit_bf16_gemv.argtypes = [weight, pointer, number, pointer, pointer, number, number]
-    library.qwenfit_gemm.argtypes = [number, weight, pointer, long, pointer, pointer, number, number]
-    library.qwenfit_unpack.argtypes = [number, weight, long, pointer, number, number]
-    library.qwenfit_unpack.restype = None

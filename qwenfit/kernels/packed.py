@@ -24,7 +24,7 @@ class PackedWeight:
     group_size: int  # as the layout has it: a divisor of the original, or padded to whole words
     out_features: int
     in_features: int
-    layout: str  # "interleaved" (native.c) | "int4pack" (torch's CPU kernel) | "rows" (codes in row order)
+    layout: str  # "interleaved" (packed.h) | "int4pack" (torch's CPU kernel) | "rows" (codes in row order)
     codes: torch.Tensor  # int32 [blocks, words, 16] | uint8, torch's own | uint8 [out, in or in/2]
     scales: torch.Tensor  # [blocks, groups, 16] | bf16 [groups, out, 2] with offsets | [out, groups]
     zeros: torch.Tensor | None = None  # shaped like scales; None: the middle code throughout (int4pack: within scales)
@@ -88,7 +88,7 @@ def _zeros_or_none(quantized: QuantizedWeight) -> torch.Tensor | None:
 
 
 def _pack_interleaved(quantized: QuantizedWeight, group: int) -> PackedWeight:
-    """native.c's layout. Rows are padded to blocks of 16, inputs to whole groups; padded rows have scale 0."""
+    """packed.h's layout. Rows are padded to blocks of 16, inputs to whole groups; padded rows have scale 0."""
     bits, (out_features, in_features), per_word = quantized.bits, quantized.q.shape, 32 // quantized.bits
     groups = quantized.scales.shape[1]
     blocks, words = -(-out_features // native.ROWS), groups * group // per_word

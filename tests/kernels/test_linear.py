@@ -17,7 +17,7 @@ from qwenfit.quantize.rtn import quantize_rtn
 from qwenfit.quantize.types import QuantizedWeight
 
 SHAPES = [(64, 256), (1, 32), (17, 40), (130, 896), (96, 100), (31, 33), (256, 1408)]  # [out, in]
-# Largest difference relative to the largest output: float32 sums in another order; one unit in the last place of 8 or 11 bits.
+# Largest difference relative to the largest output: float32 sums in another order; a unit in the last of 8 or 11 bits.
 TOLERANCE = {torch.float32: 8e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
@@ -27,7 +27,7 @@ def kernels(request, monkeypatch):
     if request.param == "native" and not native.available():
         pytest.skip(native.why_not())
     if request.param == "torch":
-        monkeypatch.setattr(native, "_load", lambda: "no C compiler was found")
+        monkeypatch.setattr(native, "_load", lambda name: "no C compiler was found")
     choose_kernel.cache_clear()
     with torch.no_grad():
         yield request.param
