@@ -195,13 +195,16 @@ def _comparison(
             f"max_position_embeddings is {length} so that servers refuse such prompts. qwenfit runs them."
         )
     if gguf or (config.quantization and not packed):
-        differs.append(f"the size: weights were dequantised and stored as {dtype}.")
+        rounded = "" if dtype == "float32" else " and rounded once more"
+        differs.append(f"the layout: quantized weights were dequantised{rounded} to {dtype}.")
+    elif dtype != config.dtype and dtype != "float32":
+        differs.append(f"the weights: rounded from {config.dtype} to {dtype}.")
     if tokenizer is None:
-        differs.append("there was no vocabulary beside the weights, so no tokenizer was written.")
+        differs.append("the tokenizer: there was no vocabulary beside the weights, so none was written.")
     else:
         equal.append("token ids of any text.")
         differs.append(
             "a special token's text inside a message (<|im_end|>) becomes that token in transformers, and a line break "
-            "that opens a message merges with the one before it; in Qwen-1's chat and in qwenfit neither happens."
+            "that opens a message may merge with the one before it; in qwenfit neither happens."
         )
     return tuple(equal), tuple(differs)

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import io
 import math
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import torch
@@ -19,6 +23,8 @@ from qwenfit.errors import BadFile
 from qwenfit.quantize.types import QuantizedWeight
 
 BLOCK_BYTES = 1 << 23  # bytes of a stored tensor held at once when it cannot be read straight into its place
+THREADS = min(4, os.cpu_count() or 1)
+_ONE_READER = threading.Lock()
 FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PLAIN_DTYPES = {**FLOAT_DTYPES, "int32": torch.int32}
 
@@ -58,15 +64,31 @@ def read_plain_rows(
 
 
 def read_exactly(file: io.FileIO, offset: int, out: torch.Tensor) -> None:
-    """Fill a contiguous CPU tensor with the bytes at `offset`."""
+    """Fill a contiguous CPU tensor with the bytes at `offset`, a large one by several threads. Itself thread-safe."""
     buffer = memoryview(out.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]  # numpy's stub lacks Buffer
-    file.seek(offset)
+    if len(buffer) <= BLOCK_BYTES:
+        _read_part(file, offset, buffer)
+        return
+    with ThreadPoolExecutor(THREADS) as pool:  # most of the time goes to the kernel's first touch of each page
+        starts = range(0, len(buffer), BLOCK_BYTES)
+        list(pool.map(lambda at: _read_part(file, offset + at, buffer[at : at + BLOCK_BYTES]), starts))
+
+
+def _read_part(file: io.FileIO, offset: int, part: memoryview) -> None:
     done = 0
-    while done < len(buffer):
-        count = file.readinto(buffer[done:])
+    while done < len(part):
+        count = _read_at(file, offset + done, part[done:])
         if not count:
             raise BadFile(f"{file.name} ends inside a tensor: it changed while it was read.")
         done += count
+
+
+def _read_at(file: io.FileIO, offset: int, part: memoryview) -> int:
+    if sys.platform != "win32":
+        return os.preadv(file.fileno(), [part], offset)
+    with _ONE_READER:  # Windows has no reads at a position
+        file.seek(offset)
+        return file.readinto(part)
 
 
 class CanonicalWeights:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +11,7 @@ from types import ModuleType
 import torch
 
 from qwenfit.checkpoint.headers_gguf import GGML_TYPES, read_gguf_header
-from qwenfit.checkpoint.weights import BLOCK_BYTES, read_exactly, read_plain_rows
+from qwenfit.checkpoint.weights import BLOCK_BYTES, THREADS, read_exactly, read_plain_rows
 from qwenfit.config import TensorInfo
 from qwenfit.errors import missing_extra
 
@@ -24,7 +22,6 @@ QUANTIZED = frozenset({
     "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M", "IQ4_NL", "IQ4_XS",
 })  # fmt: skip
 BLOCK_ELEMENTS = 1 << 18  # dequantised at once by a thread: the float32 copies that the package makes stay in cache
-THREADS = min(4, os.cpu_count() or 1)
 
 
 class GGUFSource:
@@ -38,7 +35,6 @@ class GGUFSource:
         self.tensors = {t.name: TensorInfo(t.name, t.type_name, t.shape, t.nbytes) for t in stored}
         self._stored = {t.name: t for t in stored}
         self._file = io.FileIO(path)
-        self._lock = threading.Lock()
         self._staging = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
         self._gguf = _package() if any(t.type_name in QUANTIZED for t in stored) else None
 
@@ -63,8 +59,7 @@ class GGUFSource:
         def fill(row: int) -> None:
             target = out[row : row + step]
             raw = torch.empty(target.shape[0] * row_bytes, dtype=torch.uint8)
-            with self._lock:
-                read_exactly(self._file, tensor.offset + (start + row) * row_bytes, raw)
+            read_exactly(self._file, tensor.offset + (start + row) * row_bytes, raw)
             values = dequantize(raw.numpy()[None], quantization_type)  # one long row: the package loops over rows
             target.copy_(torch.from_numpy(values).view(target.shape))
 
