@@ -1,0 +1,49 @@
+"""Launch parameters measured per card, kept as data in tuned/*.json; a shape that was not measured takes a rule."""
+
+from __future__ import annotations
+
+import functools
+import json
+from importlib import resources
+
+import torch
+
+Config = dict[str, int]
+
+
+def tuned(kernel: str, shape: tuple[int, ...]) -> Config:
+    """The parameters of `kernel` for `shape` on the current card. `shape` ends with the number of activation rows."""
+    return _lookup(kernel, shape, _card())
+
+
+@functools.lru_cache(maxsize=4096)
+def _lookup(kernel: str, shape: tuple[int, ...], card: str) -> Config:
+    rows = 1 << (shape[-1] - 1).bit_length()
+    key = " ".join(map(str, (kernel, *shape[:-1], rows)))
+    found = _table(card).get(key)
+    return found if found is not None else _rule(kernel, shape)
+
+
+@functools.cache
+def _card() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
+@functools.cache
+def _table(card: str) -> dict[str, Config]:
+    """Every file's configs are in force on the cards that it names."""
+    table: dict[str, Config] = {}
+    for file in resources.files("qwenfit.kernels.triton").joinpath("tuned").iterdir():
+        if file.name.endswith(".json"):
+            content = json.loads(file.read_text())
+            if card in content["cards"]:
+                table.update(content["configs"])
+    return table
+
+
+def _rule(kernel: str, shape: tuple[int, ...]) -> Config:
+    """Wide tiles along the input, few rows of the weight: what was best for most shapes that were measured."""
+    rows = shape[-1]
+    if kernel == "int_matvec":
+        return {"rows": 8 if rows == 1 else 4 if rows <= 4 else 2, "words": 512, "warps": 4}
+    return {"rows": 4 if rows <= 4 else 2, "columns": 1024, "warps": 4}

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.triton_cases import DEVICE, error, poisoned, random
+
+pytest.importorskip("triton")
+from qwenfit.kernels.attention import LayerCache
+from qwenfit.kernels.kv_quant import dequantize_kv, quantize_kv
+from qwenfit.kernels.triton.decode_attention import decode_attention, decode_attention_reference
+from qwenfit.kernels.triton.rotary_cache import rotary_angles, rotary_cache, rotary_cache_reference
+from qwenfit.model.rotary import inverse_frequencies, logn_scale
+
+BLOCK_SIZE = 4
+TINY = {"tokens": 8, "warps": 1}
+
+
+def filled(kv_heads: int, head_dim: int, num_blocks: int, quantized: bool) -> LayerCache:
+    shape = (num_blocks, BLOCK_SIZE, kv_heads, head_dim)
+    key, value = random(*shape), random(*shape, seed=1) + 0.5
+    if not quantized:
+        return LayerCache(key, value)
+    (key, key_affine), (value, value_affine) = quantize_kv(key), quantize_kv(value)
+    return LayerCache(key, value, key_affine, value_affine)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(3, 3, 16), (6, 2, 32), (4, 1, 16)])
+@pytest.mark.parametrize("splits", [1, 4])
+def test_one_query_per_sequence(heads: int, kv_heads: int, head_dim: int, quantized: bool, splits: int) -> None:
+    lengths = [1, 37, 0, 16]
+    cache = filled(kv_heads, head_dim, 40, quantized)
+    tables = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:40].view(4, 10).int().to(DEVICE)
+    context = torch.tensor(lengths, device=DEVICE)
+    q = random(4, heads, head_dim)
+    out = poisoned(4, heads * head_dim)
+    decode_attention(q, cache, tables, context, 0.3, out=out, splits=splits, config=TINY)
+    reference = decode_attention_reference(q, cache, tables, context, 0.3)
+    assert error(out, reference) < 1e-5
+    assert bool((out[2] == 0).all())  # a padding row
+
+
+def test_scores_of_hundreds_do_not_overflow() -> None:
+    cache = filled(2, 16, 4, False)
+    cache.key.mul_(100)
+    tables, context, q = torch.arange(4, device=DEVICE).int()[None], torch.tensor([16], device=DEVICE), random(1, 2, 16)
+    out = decode_attention(q, cache, tables, context, 1.0, splits=2, config=TINY)
+    assert error(out, decode_attention_reference(q, cache, tables, context, 1.0)) < 1e-5
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 1)])
+def test_rotation_and_cache_write(heads: int, kv_heads: int, norms: bool, quantized: bool) -> None:
+    tokens, dim = 5, 16
+    qkv = random(tokens, heads + 2 * kv_heads, dim)
+    cos, sin = random(tokens, 1, dim), random(tokens, 1, dim, seed=1)
+    scale = random(tokens, 1, 1) + 2
+    head_norms = (random(dim) * 0.1 + 1, random(dim, seed=1) * 0.1 + 1) if norms else None
+    slots = torch.tensor([3, 0, 11, -1, 6], device=DEVICE)
+    ours, theirs = filled(kv_heads, dim, 3, quantized), filled(kv_heads, dim, 3, quantized)
+    out = poisoned(tokens, heads, dim)
+    rotary_cache(qkv, cos, sin, scale, head_norms, 1e-6, slots, ours, out=out)
+    reference = rotary_cache_reference(qkv, cos, sin, scale, head_norms, 1e-6, slots, theirs)
+    assert error(out, reference) < 1e-6
+    for mine, expected in ((ours.key, theirs.key), (ours.value, theirs.value)):
+        difference = (mine.float() - expected.float()).abs().max()
+        assert difference <= (1 if quantized else 1e-5)  # a tie may be rounded the other way
+    if ours.key_affine is not None and theirs.key_affine is not None:
+        assert torch.allclose(ours.key_affine, theirs.key_affine, rtol=1e-5)
+        restored = dequantize_kv(ours.key, ours.key_affine, torch.float32)
+        assert error(restored, dequantize_kv(theirs.key, theirs.key_affine, torch.float32)) < 2e-3
+
+
+def test_angles_of_decoding_tokens() -> None:
+    positions = torch.tensor([0, 9, 40], device=DEVICE)
+    inverse = torch.stack([inverse_frequencies(16, 1e4, alpha) for alpha in (1.0, 3.0, 7.0)]).to(DEVICE)
+    cos, sin, factor = poisoned(3, 1, 16), poisoned(3, 1, 16), poisoned(3, 1, 1)
+    rotary_angles(positions, inverse, 1.5, 20, torch.float32, (cos, sin, factor))
+    radians = positions[:, None].double() * inverse.double()
+    assert torch.allclose(cos[:, 0, :8].double(), radians.cos() * 1.5, atol=1e-5)
+    assert torch.allclose(sin[:, 0, :8].double(), -radians.sin() * 1.5, atol=1e-5)
+    assert torch.equal(cos[..., 8:], cos[..., :8]) and torch.equal(sin[..., 8:], -sin[..., :8])
+    assert torch.allclose(factor.flatten(), logn_scale(positions, 20))

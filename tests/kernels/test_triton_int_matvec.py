@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.triton_cases import DEVICE, error, poisoned, random
+
+pytest.importorskip("triton")
+from qwenfit.kernels.triton.int_matvec import int_matvec, int_matvec_reference, pack_blocked, unpack_blocked
+from qwenfit.kernels.triton.layout import pack_codes, unpack_codes
+from qwenfit.quantize.types import QuantizedWeight
+
+SMALL = {"rows": 4, "words": 32, "warps": 1}
+
+
+def quantized(bits: int, out: int, inputs: int, group: int, zeros: str = "middle", perm: bool = False):
+    generator = torch.Generator().manual_seed(bits * out + inputs)
+    q = torch.randint(0, 2**bits, (out, inputs), dtype=torch.uint8, generator=generator)
+    groups = -(-inputs // group)
+    scales = torch.rand(out, groups, generator=generator) * 0.05 + 0.01
+    if zeros == "middle":
+        points = torch.full((out, groups), float(2 ** (bits - 1)))
+    else:
+        points = torch.rand(out, groups, generator=generator) * (2**bits - 1)
+        if zeros == "whole":
+            points = points.round()
+    order = torch.randperm(inputs, generator=generator) if perm else None
+    return QuantizedWeight(bits, group, q, scales, points, order)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_the_layout_can_be_undone(bits: int, block: int) -> None:
+    q = torch.randint(0, 2**bits, (3, 300), dtype=torch.uint8)
+    packed = pack_codes(q, bits, block)
+    assert packed.numel() * 4 <= 3 * (-(-300 // block) * block) * bits // 8
+    assert torch.equal(unpack_codes(packed, bits, block, 300), q)
+
+
+@pytest.mark.parametrize("zeros", ["middle", "whole", "fractions"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packing_keeps_the_weight(bits: int, zeros: str) -> None:
+    weight = quantized(bits, 5, 256, 64, zeros)
+    packed = pack_blocked(weight, torch.float32, DEVICE)
+    assert packed is not None
+    assert torch.equal(unpack_blocked(packed).dequantize().cpu(), weight.dequantize())
+    narrow = pack_blocked(weight, torch.bfloat16, DEVICE)
+    assert narrow is not None and narrow.scales.dtype == torch.float16
+    assert error(unpack_blocked(narrow).dequantize().cpu(), weight.dequantize()) < 2**-11
+
+
+def test_a_scale_that_float16_would_lose_stays_float32() -> None:
+    weight = quantized(4, 4, 128, 128)
+    weight.scales[0] = 1e-7
+    packed = pack_blocked(weight, torch.bfloat16, DEVICE)
+    assert packed is not None and packed.scales.dtype == torch.float32
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("out", "inputs", "group", "zeros", "perm"),
+    [
+        (7, 256, 128, "middle", False),
+        (9, 384, 128, "whole", False),
+        (5, 96, 32, "fractions", False),
+        (6, 192, 64, "middle", True),
+        (3, 200, 1024, "whole", False),  # one group to a row, padded to whole blocks
+        (5, 640, 128, "middle", False),  # the last tile of a row is not full
+    ],
+)
+def test_a_row_times_an_integer_weight(bits: int, out: int, inputs: int, group: int, zeros: str, perm: bool) -> None:
+    packed = pack_blocked(quantized(bits, out, inputs, group, zeros, perm), torch.float32, DEVICE)
+    assert packed is not None
+    x, bias, residual = random(1, inputs), random(out), random(1, out, seed=1)
+    y = int_matvec(x, packed, bias, residual, out=poisoned(1, out), config=SMALL)
+    assert error(y, int_matvec_reference(x, packed, bias, residual)) < 3e-4
+
+
+@pytest.mark.parametrize(("bits", "rows"), [(4, 3), (8, 2), (4, 16)])
+def test_several_rows(bits: int, rows: int) -> None:
+    packed = pack_blocked(quantized(bits, 6, 256, 128), torch.bfloat16, DEVICE)
+    assert packed is not None
+    x = random(rows, 256, dtype=torch.bfloat16)
+    y = int_matvec(x, packed, out=poisoned(rows, 6, dtype=torch.bfloat16), config=SMALL | {"rows": 2})
+    assert error(y, int_matvec_reference(x, packed)) < 6e-3
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_norm_and_gate_are_part_of_the_product(bits: int) -> None:
+    packed = pack_blocked(quantized(bits, 10, 384, 128, "whole"), torch.float32, DEVICE)
+    assert packed is not None
+    x, norm = random(2, 384) * 3, random(384) * 0.1 + 1
+    y = int_matvec(x, packed, norm=norm, eps=1e-6, gated=True, out=poisoned(2, 5), config=SMALL)
+    assert error(y, int_matvec_reference(x, packed, norm=norm, eps=1e-6, gated=True)) < 3e-4
