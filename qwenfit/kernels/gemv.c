@@ -137,29 +137,40 @@ INLINE void integer_block(const int bits, const int batch, const Packed *p, int6
 }
 
 /* One row of x for integer_block. A group that is not all finite gets the scale NaN, which no sum survives. */
-INLINE void integer_input(const int bits, const Packed *p, const float *xs, int16_t *pairs, float *sums,
+INLINE void integer_input(const int bits, const Packed *p, const float *row, int32_t *row_pairs, float *sums,
                           float *scales) {
     const int per_word = 32 / bits, half = per_word / 2;
     for (int64_t group = 0; group < p->in_features / p->group_size; group++) {
-        float largest = 0.0f, check = 0.0f;
-        for (int64_t k = 0; k < p->group_size; k++) {
-            const float size = xs[k] < 0 ? -xs[k] : xs[k];
-            largest = size > largest ? size : largest;
-            check += xs[k] * 0.0f; /* NaN if any value is not finite, else 0 */
-        }
-        const float unit = largest / 32767.0f, inverse = largest > 0.0f && check == 0.0f ? 32767.0f / largest : 0.0f;
-        int32_t sum = 0;
+        const float *xs = row + group * p->group_size;
+        int32_t *pairs = row_pairs + group * p->group_size / 2;
+        float largest[8] = {0}, check[8] = {0};
         for (int64_t k = 0; k < p->group_size; k += per_word)
             for (int j = 0; j < per_word; j++) {
-                const float value = xs[k + j] * inverse;
-                const int32_t integer = inverse == 0.0f ? 0 : (int32_t)(value + (value < 0 ? -0.5f : 0.5f));
-                pairs[k + (j < half ? 2 * j : 2 * (j - half) + 1)] = (int16_t)integer;
-                sum += integer;
+                const float value = xs[k + j], size = value < 0 ? -value : value;
+                largest[j] = size > largest[j] ? size : largest[j];
+                check[j] += value * 0.0f; /* NaN if any value is not finite, else 0 */
             }
-        sums[group] = (float)sum;
-        scales[group] = unit + check;
-        xs += p->group_size;
-        pairs += p->group_size;
+        for (int j = 1; j < per_word; j++) {
+            largest[0] = largest[j] > largest[0] ? largest[j] : largest[0];
+            check[0] += check[j];
+        }
+        scales[group] = largest[0] / 32767.0f + check[0];
+        sums[group] = 0.0f;
+        memset(pairs, 0, sizeof(int32_t) * (size_t)p->group_size / 2);
+        if (!(scales[group] > 1e-30f)) continue; /* zero, as good as zero, or NaN */
+        const float inverse = 32767.0f / largest[0];
+        int32_t total[8] = {0};
+        for (int64_t k = 0; k < p->group_size; k += per_word) {
+            int32_t integer[8];
+            for (int j = 0; j < per_word; j++) {
+                const float value = xs[k + j] * inverse;
+                integer[j] = (int32_t)(value + (value < 0 ? -0.5f : 0.5f));
+                total[j] += integer[j];
+            }
+            for (int j = 0; j < half; j++)
+                pairs[k / 2 + j] = (int32_t)((uint32_t)integer[j + half] << 16 | (uint16_t)integer[j]);
+        }
+        for (int j = 0; j < per_word; j++) sums[group] += (float)total[j];
     }
 }
 #endif
@@ -189,7 +200,7 @@ int qwenfit_packed_gemv(int bits, const Packed *p, const void *x, int batch, int
                         int dtype, int threads) {
     const int64_t groups = p->in_features / p->group_size, blocks = (p->out_features + ROWS - 1) / ROWS;
     Block run = float_blocks[bits == 8][batch - 1];
-    float *wide = malloc(sizeof(float) * (size_t)(batch * (2 * p->in_features + 2 * groups)));
+    float *wide = malloc(sizeof(float) * (size_t)(batch * (2 * (p->in_features + groups))));
     if (!wide) return 1;
     float *sums = wide + batch * p->in_features, *scales = sums + batch * groups;
     Input input = {wide, sums, scales};
@@ -200,13 +211,14 @@ int qwenfit_packed_gemv(int bits, const Packed *p, const void *x, int batch, int
     }
 #if defined(MULTIPLY_PAIRS)
     if (dtype == BFLOAT16) {
-        int16_t *pairs = (int16_t *)(scales + batch * groups);
+        int32_t *pairs = (int32_t *)(scales + batch * groups);
         run = integer_blocks[bits == 8][batch - 1];
         input.values = pairs;
         for (int64_t m = 0; m < batch; m++) {
             const float *row = wide + m * p->in_features;
-            if (bits == 4) integer_input(4, p, row, pairs + m * p->in_features, sums + m * groups, scales + m * groups);
-            else integer_input(8, p, row, pairs + m * p->in_features, sums + m * groups, scales + m * groups);
+            int32_t *own = pairs + m * p->in_features / 2;
+            if (bits == 4) integer_input(4, p, row, own, sums + m * groups, scales + m * groups);
+            else integer_input(8, p, row, own, sums + m * groups, scales + m * groups);
         }
     }
 #endif

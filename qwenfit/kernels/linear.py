@@ -94,13 +94,14 @@ def quantized_linear_reference(
 
 def quantized_linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [..., in] -> [..., out] of x's dtype; bias [out]. No gradients flow through it."""
-    flat = x.reshape(-1, packed.in_features)
+    # A decoding step comes here a hundred times: tensor calls that would change nothing are skipped.
+    flat = x if x.dim() == 2 else x.reshape(-1, packed.in_features)
     if packed.perm is not None:
         flat = flat.index_select(1, packed.perm)
-    if bias is not None:
+    if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     result = _LAYOUTS[packed.layout](flat, packed, bias)
-    return result.view(*x.shape[:-1], packed.out_features)
+    return result if x.dim() == 2 else result.view(*x.shape[:-1], packed.out_features)
 
 
 def _linear_interleaved(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:

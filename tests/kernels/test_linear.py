@@ -173,3 +173,14 @@ def test_bf16_cpus_unpack_prompts_for_onednn(monkeypatch, kernels):
     x = torch.randn(64, 256).bfloat16()
     result = quantized_linear(x, pack(qw, torch.bfloat16))
     assert_close(result, quantized_linear_reference(x, qw), torch.bfloat16, extra=5e-3)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_one_huge_activation_does_not_drown_the_others(bits):
+    """Activations of thousands beside ones of a tenth, as Qwen's first token has them: still one bf16 rounding."""
+    qw = quantized(64, 512, bits, 128)
+    x = torch.randn(2, 512).mul(0.1).bfloat16()
+    x[:, 130] = 6000.0
+    assert_close(quantized_linear(x, pack(qw, torch.bfloat16)), quantized_linear_reference(x, qw), torch.bfloat16, 1e-2)
+    tiny = torch.full((1, 512), 1e-38, dtype=torch.bfloat16)
+    assert quantized_linear(tiny, pack(qw, torch.bfloat16)).abs().max() < 1e-30
