@@ -54,7 +54,7 @@ def load_model(
     """
     config = resolve_model(path_or_name)
     if not random_weights:
-        config = _with_files(config, str(path_or_name))
+        config = with_files(config, str(path_or_name))
     bits, dtype = _choose(config, precision, dtype)
     head_bits = _bits(head_precision, "head precision") if head_precision else None
     weights: CanonicalWeights | RandomWeights
@@ -89,7 +89,7 @@ def state_dict(config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tenso
     return {p.name: weights.read(p, dtype) for p in weights.in_file_order()}
 
 
-def _with_files(config: ModelConfig, spec: str) -> ModelConfig:
+def with_files(config: ModelConfig, spec: str) -> ModelConfig:
     """A config whose source is on disk: a catalog name that is also a Hub id may have been downloaded."""
     if os.path.exists(config.source):
         return config

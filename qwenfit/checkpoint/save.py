@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from qwenfit.checkpoint.headers_safetensors import DTYPES, INDEX_NAME
-from qwenfit.checkpoint.names import QWEN2, canonical_parameters, pieces_of
+from qwenfit.checkpoint.names import QWEN2, Layout, canonical_parameters, pieces_of
 from qwenfit.checkpoint.weights import PLAIN_DTYPES
 from qwenfit.config import DTYPE_BYTES, ModelConfig
 from qwenfit.errors import QwenfitError, UsageError
@@ -41,12 +41,12 @@ class Entry:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
-def plain_entries(config: ModelConfig, dtype: str, read_rows: ReadRows) -> list[Entry]:
+def plain_entries(config: ModelConfig, dtype: str, read_rows: ReadRows, layout: Layout = QWEN2) -> list[Entry]:
     """The tensors of a Qwen2 or Qwen3 folder, cut out of the canonical parameters that `read_rows` reads."""
     entries = []
     for name, shape in canonical_parameters(config).items():
         module, _, suffix = name.rpartition(".")
-        for piece in pieces_of(module, shape[0], config, QWEN2):
+        for piece in pieces_of(module, shape[0], config, layout):
 
             def fill(out: torch.Tensor, name: str = name, start: int = piece.start) -> None:
                 read_rows(name, start, out)

@@ -1,0 +1,1 @@
+"""Finetuning: data, adapters, loss, loop, checkpoints and merge."""

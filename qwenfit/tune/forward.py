@@ -1,0 +1,120 @@
+"""The forward pass of training: hidden states of a micro-batch, with a choice of what is kept for the backward pass."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from qwenfit.model.attention import Context, FullContext
+from qwenfit.model.transformer import Transformer
+from qwenfit.tune.adapters import head_weight, token_rows
+from qwenfit.tune.batch import IGNORE, TrainBatch, segment_lengths, targets_of
+from qwenfit.tune.loss import linear_cross_entropy
+from qwenfit.tune.offload import offload_saved_tensors
+
+# What the backward pass finds instead of computing it again, from least memory to most.
+KEEP = {
+    "inputs": "each layer's input: least memory, the layer runs twice",
+    "attention": "each layer's input and attention output: attention, which grows with the square, runs once",
+    "all": "everything: nothing runs twice",
+}
+_ATTENTION = (
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._flash_attention_forward.default,
+)
+
+
+def batch_loss(
+    model: Transformer,
+    batch: TrainBatch,
+    divisor: float,
+    *,
+    keep: str = "inputs",
+    offload: bool = False,
+    head_sink: Tensor | None = None,
+) -> Tensor:
+    """Cross entropy of the batch's trained tokens, summed, over `divisor`: float32 scalar, differentiable.
+
+    keep: one of KEEP. offload: what is kept waits in host memory (CUDA). head_sink: see `linear_cross_entropy`.
+    """
+    device = model.embed_tokens.weight.device
+    targets = targets_of(batch).flatten()
+    trained = (targets != IGNORE).nonzero().flatten()
+    hidden = hidden_states(model, batch, keep=keep, offload=offload)
+    rows = token_rows(model)
+    return linear_cross_entropy(
+        hidden[trained.to(device)],
+        head_weight(model),
+        targets[trained].to(device),
+        divisor,
+        sink=head_sink,
+        rows=None if rows is None else rows.head_rows,
+        row_ids=None if rows is None else rows.token_ids,
+    )
+
+
+def hidden_states(model: Transformer, batch: TrainBatch, *, keep: str = "inputs", offload: bool = False) -> Tensor:
+    """[B * S, hidden] after the final norm. NTK and LogN are off, as in Qwen-1's own training code."""
+    device = model.embed_tokens.weight.device
+    rows, length = batch.input_ids.shape
+    ids, positions = batch.input_ids.flatten().to(device), batch.position_ids.flatten().to(device)
+    angles = model.rotary.angles(positions, [length] * rows, [1.0] * rows, 0, model.dtype)
+    lengths = segment_lengths(batch)
+    # Right padding needs no mask: what is real never looks ahead, and padding is not trained.
+    context: Context = FullContext(rows, None) if lengths is None else SegmentContext(lengths, device)
+    x: Tensor = model.embed_tokens(ids)
+    if (trained := token_rows(model)) is not None:
+        x = trained.pull(x, ids)
+    again = keep != "all" and torch.is_grad_enabled()
+    kept: Any = {"context_fn": functools.partial(create_selective_checkpoint_contexts, _keep_attention)}
+    with offload_saved_tensors(device) if offload else nullcontext():
+        for layer in model.layers:
+            if again:
+                # use_reentrant False: the only kind that saved-tensor hooks and frozen inputs work with.
+                more = kept if keep == "attention" else {}
+                x = checkpoint(layer, x, angles, context, use_reentrant=False, **more)
+            else:
+                x = layer(x, angles, context)
+    out: Tensor = model.norm(x)
+    return out
+
+
+def _keep_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    keep = op in _ATTENTION or "varlen_attn" in str(op)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class SegmentContext:
+    """Causal attention within each of several segments that lie end to end, and none between them."""
+
+    def __init__(self, lengths: list[int], device: torch.device) -> None:
+        """lengths: of the segments; they sum to the tokens of the step."""
+        self.lengths = lengths
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        self.ends = ends.to(device=device, dtype=torch.int32)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [T, heads, head_dim], k and v [T, kv_heads, head_dim] -> [T, heads * head_dim]."""
+        if q.is_cuda and q.dtype != torch.float32:
+            from torch.nn.attention.varlen import varlen_attn
+
+            longest = max(self.lengths)
+            out = varlen_attn(q, k, v, self.ends, self.ends, longest, longest, window_size=(-1, 0), enable_gqa=True)
+            assert isinstance(out, Tensor)
+            return out.flatten(1)
+        parts = zip(*(torch.split(t, self.lengths) for t in (q, k, v)), strict=True)
+        return torch.cat([_causal(*part) for part in parts])
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1).flatten(1)

@@ -1,0 +1,148 @@
+"""What a run shows and leaves behind: a bar or lines on stderr, metrics.jsonl, loss.png, TensorBoard and W&B."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from qwenfit.bench.memory import process_bytes
+from qwenfit.errors import missing_extra
+from qwenfit.planning.types import Plan
+from qwenfit.tune.config import TuneConfig
+from qwenfit.tune.plot import line_chart
+
+METRICS_NAME, CHART_NAME = "metrics.jsonl", "loss.png"
+
+
+class Progress:
+    """Takes the loop's rows. `start` is the step that the run begins or goes on from."""
+
+    def __init__(self, config: TuneConfig, made: Plan, device: str, start: int) -> None:
+        self.config, self.made, self.device = config, made, device
+        self.folder = Path(config.output)
+        self.begun, self.start, self.seconds, self.tokens = time.perf_counter(), start, 0.0, 0
+        self.peak = 0
+        self._forget_after(start)
+        self.file = (self.folder / METRICS_NAME).open("a", encoding="utf-8")
+        self.bar = _bar() if sys.stderr.isatty() else None
+        self.task = self.bar.add_task("", total=None) if self.bar is not None else None
+        self.board = _tensorboard(self.folder) if config.tensorboard else None
+        self.wandb = _wandb(config) if config.wandb else None
+
+    def _forget_after(self, step: int) -> None:
+        """Drop rows of steps that a resumed run takes again, and a line that was cut off."""
+        path = self.folder / METRICS_NAME
+        if path.exists():
+            rows = [row for row in read_metrics(self.folder) if row["step"] <= step]
+            aside = path.with_suffix(".tmp")
+            aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            os.replace(aside, path)
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        if "loss" in row:
+            self.seconds += row["seconds"]
+            self.tokens += row["tokens"]
+            self.peak = max(self.peak, _peak_bytes(self.device))
+            row = row | {
+                "tokens_per_s": row["tokens"] / row["seconds"],
+                "memory": self.peak,
+                "planned_memory": self.made.memory.process,
+            }
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        for name, value in row.items():
+            if self.board is not None and isinstance(value, int | float) and name not in ("step", "of"):
+                self.board.add_scalar(name, value, row["step"])
+        if self.wandb is not None:
+            self.wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+        self._show(row)
+
+    def _show(self, row: dict[str, Any]) -> None:
+        text = self._text(row)
+        if self.bar is None:
+            if "loss" not in row or row["step"] % self.config.log_every == 0 or "bad" in row:
+                print(text, file=sys.stderr, flush=True)
+        elif "loss" in row:
+            self.bar.update(self.task, completed=row["step"], total=row["of"], description=text)
+        else:
+            self.bar.console.print(text)
+
+    def _text(self, row: dict[str, Any]) -> str:
+        if "eval_loss" in row:
+            return f"step {row['step']}: evaluation loss {row['eval_loss']:.4f}"
+        left = (row["of"] - row["step"]) * self.seconds / max(1, row["step"] - self.start)
+        planned = self.made.memory.process
+        text = (
+            f"step {row['step']}/{row['of']}  loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} trained tokens/s  "
+            f"{self.peak / 1e9:.2f} of {planned / 1e9:.2f} GB planned  {_clock(left)} left"
+        )
+        return text + (f"  NOT A NUMBER: {', '.join(row['bad'][:4])}" if "bad" in row else "")
+
+    def close(self) -> None:
+        """Ends the bar and the writers, and draws the loss."""
+        self.file.close()
+        if self.bar is not None:
+            self.bar.stop()
+        if self.board is not None:
+            self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+        rows = read_metrics(self.folder)
+        lines = [[(row["step"], row[key]) for row in rows if key in row] for key in ("loss", "eval_loss")]
+        line_chart(self.folder / CHART_NAME, lines)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last line that was cut off by a kill is left out."""
+    rows = []
+    for line in (folder / METRICS_NAME).read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _peak_bytes(device: str) -> int:
+    if device.startswith("cuda"):
+        import torch
+
+        # What the allocator took, and the context: as the plan counts a process.
+        free, total = torch.cuda.mem_get_info(device)
+        return max(torch.cuda.max_memory_reserved(device), total - free)
+    return process_bytes(device)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    bar = Progress(BarColumn(bar_width=20), TextColumn("{task.description}"), console=Console(stderr=True))
+    bar.start()
+    return bar
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise missing_extra("tensorboard", "tune") from error
+    return SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call, unused-ignore]
+
+
+def _wandb(config: TuneConfig) -> Any:
+    try:
+        import wandb  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        raise missing_extra("wandb", "tune") from error
+    return wandb.init(project=config.wandb, config=config.to_dict(), dir=config.output)

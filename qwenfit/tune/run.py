@@ -1,0 +1,122 @@
+"""`qwenfit tune`: settings, plan, data, then weights, in that order, so that what is wrong is said early."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwenfit.checkpoint.load import with_files
+from qwenfit.config import ModelConfig
+from qwenfit.planning.planner import resolve
+from qwenfit.planning.types import Plan
+from qwenfit.run.planned import stderr_progress
+from qwenfit.tune import checkpoint
+from qwenfit.tune.base_model import choose_method
+from qwenfit.tune.batch import BatchSource
+from qwenfit.tune.config import TuneConfig
+from qwenfit.tune.interrupt import StopSignals
+from qwenfit.tune.loop import NO_PROGRESS, STOPPED, Hooks, total_steps, train
+from qwenfit.tune.planned import is_out_of_memory, out_of_memory, plan_tune
+from qwenfit.tune.progress import Progress
+from qwenfit.tune.setup import Setup, prepare_folder, set_up, write_result
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on. `chatml`: whether samples are conversations; `new_tokens`: ids of ChatML's tokens."""
+
+    source: BatchSource
+    evaluation: BatchSource | None = None
+    chatml: bool = False
+    new_tokens: tuple[int, ...] = ()
+
+
+def tune(config: TuneConfig, load_data: Callable[[TuneConfig, ModelConfig], Data], say: Say) -> int:
+    """Run a finetuning from settings to result; returns 0, or 143 or 130 after a signal, with everything saved.
+
+    Raises what each part does: UsageError and DoesNotFit before weights are read, Diverged, DoesNotFit out of memory.
+    """
+    base = with_files(resolve(config.model), config.model)
+    data = load_data(config, base)
+    config, explained = choose_method(config, base, data.chatml)
+    made = plan_tune(config)
+    if explained:
+        say(explained)
+    found = prepare_folder(config, say)
+    say(_planned_text(made))
+    device = "cpu" if made.hardware.device.kind == "cpu" else "cuda"
+    with StopSignals() as stop:
+        step = [0]
+        try:
+            loading = stderr_progress("loading")
+            setup = set_up(config, base, made.precision, device, list(data.new_tokens), found, loading)
+            return _train(setup, data, made, stop, step, say)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise out_of_memory(error, made, config, step[0] + 1) from None
+            raise
+
+
+def _train(setup: Setup, data: Data, made: Plan, stop: StopSignals, step: list[int], say: Say) -> int:
+    config, state = setup.config, setup.state
+    total = total_steps(config, len(data.source))
+    say(f"{total:,} steps of {config.grad_accum} micro-batches, {state.step:,} of them done.")
+    progress = Progress(config, made, str(setup.device), state.step)
+
+    def report(row: dict[str, object]) -> None:
+        step[0] = state.step
+        progress(row)
+
+    hooks = Hooks(report=report, save=setup.save, should_stop=lambda: stop.signal is not None)
+    try:
+        how = train(setup.model, setup.optimizer, data.source, data.evaluation, config, state, hooks)
+    finally:
+        progress.close()
+    if how == STOPPED:
+        say(f"Stopped after step {state.step}, which is saved. Go on: the same command with --resume.")
+        return stop.exit_code
+    if how == NO_PROGRESS:
+        say(f"No better evaluation in {config.patience}: stopped after step {state.step}.")
+    say(finish(setup))
+    return 0
+
+
+def finish(setup: Setup) -> str:
+    """Put the result into the run's folder: of the best evaluation where patience chose one, else of the last step."""
+    config, state = setup.config, setup.state
+    output = Path(config.output)
+    kind = "model" if config.method == "full" else "adapter"
+    target = output / kind
+    aside = output / f".{kind}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    best = state.best_step if config.patience else None
+    if best is not None and best != state.step:
+        _copy_result(checkpoint.folder_of(setup.checkpoints, best), aside)
+    else:
+        best = state.step
+        write_result(aside, setup)
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+    next_step = f"qwenfit chat {target}" if kind == "model" else f"qwenfit chat {config.model} --adapter {target}"
+    return f"The {kind} of step {best} is in {target}. Try it: {next_step}"
+
+
+def _copy_result(source: Path, target: Path) -> None:
+    """A checkpoint's files, but for those that only a resumed run reads."""
+    for path in source.iterdir():
+        if path.name not in ("state.json", "optimizer.safetensors", checkpoint.MANIFEST):
+            shutil.copyfile(path, target / path.name)
+
+
+def _planned_text(made: Plan) -> str:
+    speed = made.speed
+    return (
+        f"Plan: {made.task.name} of {made.model.name} in {made.precision} on {made.hardware.device.name}: "
+        f"{made.memory.process / 1e9:.2f} of {made.capacity / 1e9:.2f} GB ({made.verdict}), "
+        f"{speed.seconds_per_iter or 0:.2f} s per step."
+    )

@@ -1,0 +1,180 @@
+"""Everything that a run needs, made in order from its settings: network, what is trained, optimizer, state."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwenfit.checkpoint.load import load_model
+from qwenfit.checkpoint.save import plain_entries, write_weights
+from qwenfit.config import ModelConfig
+from qwenfit.errors import QwenfitError, UsageError
+from qwenfit.model.transformer import Transformer
+from qwenfit.tune import checkpoint
+from qwenfit.tune.adapters import LoRA, add_lora, freeze, train_rows, train_tables, trained_parameters
+from qwenfit.tune.config import TuneConfig
+from qwenfit.tune.model_folder import write_model_files
+from qwenfit.tune.optimizer import AdamW
+from qwenfit.tune.peft_format import read_adapter, restore, write_adapter
+from qwenfit.tune.state import State, random_states, read_state, restore_optimizer, set_random_states, write_state
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class Setup:
+    """A run that is ready to train."""
+
+    config: TuneConfig
+    model: Transformer
+    base: ModelConfig  # of the model on disk
+    optimizer: AdamW
+    state: State
+    precision: str
+    device: torch.device
+
+    @property
+    def checkpoints(self) -> Path:
+        return Path(self.config.output) / "checkpoints"
+
+    def save(self, state: State) -> None:
+        """A checkpoint that `--resume` continues from; for adapters it is an adapter folder too."""
+
+        def write(folder: Path) -> None:
+            write_result(folder, self)
+            write_state(folder, state, self.optimizer, self.config, random_states(self.device))
+
+        versions = {"torch": str(torch.__version__)}
+        checkpoint.save(
+            self.checkpoints,
+            state.step,
+            write,
+            keep_last=self.config.keep_last,
+            protect=state.best_step,
+            versions=versions,
+        )
+
+
+def prepare_folder(config: TuneConfig, say: Callable[[str], None]) -> Path | None:
+    """Make or check the run's folder, before weights are read; the checkpoint to go on from, or None.
+
+    Raises UsageError when a run is there and `resume` was not asked for, QwenfitError when nothing can be written.
+    """
+    output = Path(config.output)
+    root = output / "checkpoints"
+    if checkpoint.checkpoints(root) and not config.resume:
+        raise UsageError(f"{output} holds a run already.", "Add --resume to go on with it, or name another --output.")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise QwenfitError(
+            f"Nothing can be written to {output}: {error.strerror}.", "Name another folder: --output"
+        ) from error
+    if not config.resume:
+        return None
+    found, wrong = checkpoint.newest(root)
+    for line in wrong:
+        say(line)
+    say(
+        f"Resuming from {found.name}." if found is not None else "There is no checkpoint to resume from: starting anew."
+    )
+    return found
+
+
+def set_up(
+    config: TuneConfig,
+    base: ModelConfig,
+    precision: str,
+    device: str,
+    new_tokens: list[int],
+    found: Path | None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Setup:
+    """Load the network, freeze or adapt it, make the optimizer, and take over checkpoint `found`."""
+    seed(config.seed)
+    # Settings are compared before weights are read.
+    state, table = read_state(found, config) if found is not None else (State(), {})
+    source = found if found is not None and config.method == "full" else base
+    model, _ = load_model(source, precision=precision, device=device, progress=progress)
+    lora = lora_of(config)
+    trained = torch.bfloat16 if config.optimizer == "bf16" and precision != "fp32" else torch.float32
+    if config.method == "full":
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+    else:
+        freeze(model)
+        add_lora(model, lora, trained)
+        if config.method == "lora-emb":
+            train_tables(model)
+        if config.new_tokens:
+            train_rows(model, new_tokens, trained)
+        if found is not None:
+            restore(model, read_adapter(found, base))
+    optimizer = AdamW(
+        trained_parameters(model),
+        config.optimizer,
+        moments=DTYPES[config.moments],
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+    )
+    if found is not None:
+        restore_optimizer(found, table, optimizer)
+        set_random_states(table["random"], torch.device(device))
+    setup = Setup(config, model, base, optimizer, state, precision, torch.device(device))
+    _check_room(setup)
+    return setup
+
+
+def lora_of(config: TuneConfig) -> LoRA:
+    return LoRA(config.lora_rank, config.lora_alpha, config.lora_dropout)
+
+
+def seed(value: int) -> None:
+    """Every generator that training draws from."""
+    random.seed(value)
+    torch.manual_seed(value)
+
+
+def _check_room(setup: Setup) -> None:
+    """Raises QwenfitError when the disk cannot take the checkpoints that a run keeps, and one being written."""
+    each = sum(p.nbytes for p in setup.optimizer.parameters.values())
+    if setup.config.method == "full":
+        each = sum(p.nbytes for p in setup.model.parameters())
+    each += sum(t.nbytes for t in setup.optimizer.state()[0].values())
+    present = len(checkpoint.checkpoints(setup.checkpoints))
+    needed = each * max(1, setup.config.keep_last + 1 - present)
+    free = shutil.disk_usage(setup.config.output).free
+    if needed > free:
+        raise QwenfitError(
+            f"Checkpoints take {each / 1e9:.2f} GB each, {needed / 1e9:.2f} GB more are needed for "
+            f"{setup.config.keep_last} and one being written; {setup.config.output} has {free / 1e9:.2f} GB free.",
+            "Make room, name another --output, or lower --keep-last.",
+        )
+
+
+def write_result(folder: Path, setup: Setup) -> None:
+    """The trained adapter in PEFT's format, or the whole trained model, into an existing folder."""
+    config = setup.config
+    if config.method != "full":
+        record: dict[str, Any] = {"precision": setup.precision, "settings": config.fingerprint()}
+        write_adapter(folder, setup.model, lora_of(config), config.model, record)
+        return
+    dtype = "float32" if setup.precision == "fp32" else "bfloat16"
+    parameters = dict(setup.model.named_parameters())
+
+    def read_rows(name: str, start: int, out: torch.Tensor) -> None:
+        out.copy_(parameters[name].detach()[start : start + out.shape[0]])
+
+    layout = write_model_files(setup.base, dtype, folder)
+    write_weights(folder, plain_entries(setup.base, dtype, read_rows, layout))
