@@ -31,27 +31,34 @@ class Slice:
 
 
 class PlainMoment:
-    """A moment stored as a tensor of one dtype."""
+    """A moment stored as a tensor of one dtype; an unsigned one in bfloat16 is rounded stochastically.
 
-    def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
+    The second moment changes by less than half a unit in the last place a step, and would stand still otherwise.
+    """
+
+    def __init__(self, elements: int, signed: bool, dtype: torch.dtype, device: torch.device) -> None:
+        self.signed = signed
         self.values = torch.zeros(elements, dtype=dtype, device=device)
 
     def load(self) -> Tensor:
         """float32 [elements], the caller's to change."""
         return self.values.float() if self.values.dtype != torch.float32 else self.values.clone()
 
-    def store(self, values: Tensor) -> None:
-        self.values.copy_(values)
+    def store(self, values: Tensor, generator: torch.Generator) -> None:
+        if self.signed or self.values.dtype != torch.bfloat16:
+            self.values.copy_(values)
+        else:
+            self.values = round_stochastically(values, generator)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"values": self.values}
 
 
 class Moment8:
-    """A moment in 8 bits: code = round(127 sqrt(|m| / max)) with m's sign, or ceil(255 (v / max)^(1/4)), in blocks.
+    """A moment in 8 bits: code = 127 sqrt(|m| / max) with m's sign, or 255 (v / max)^(1/4), in blocks.
 
-    The roots spend codes on small values, as the dynamic type of arXiv 2110.02861 does. v is rounded up: a v that
-    became 0 under an m that did not would make an unbounded step.
+    The roots spend codes on small values, as the dynamic type of arXiv 2110.02861 does. v is rounded stochastically,
+    since it changes by less than a code a step, and never to 0: under an m that is not 0 the step had no bound.
     """
 
     def __init__(self, elements: int, signed: bool, device: torch.device) -> None:
@@ -68,14 +75,16 @@ class Moment8:
             values = codes.div_(255.0).square_().square_()
         return values.mul_(self.peaks).flatten()[: self.elements]
 
-    def store(self, values: Tensor) -> None:
+    def store(self, values: Tensor, generator: torch.Generator) -> None:
         blocks = torch.nn.functional.pad(values, (0, self.codes.numel() - self.elements)).view_as(self.codes)
         self.peaks = blocks.abs().amax(1, keepdim=True)
         share = blocks / self.peaks.clamp(min=torch.finfo(torch.float32).tiny)
         if self.signed:
             self.codes = share.abs().sqrt_().mul_(127).round_().copysign_(share).to(torch.int8)
         else:
-            self.codes = share.sqrt_().sqrt_().mul_(255).ceil_().to(torch.uint8)
+            codes = share.sqrt_().sqrt_().mul_(255)
+            noise = torch.rand(codes.shape, device=codes.device, generator=generator)
+            self.codes = torch.where(codes > 0, (codes + noise).clamp_(1, 255), codes).to(torch.uint8)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"codes": self.codes, "peaks": self.peaks}
@@ -129,7 +138,10 @@ class AdamW:
         if self.regime == "8bit":
             moments = (Moment8(elements, True, first.device), Moment8(elements, False, first.device))
             return _Group(slices, decay, master, moments)
-        plain = (PlainMoment(elements, self.moments, first.device), PlainMoment(elements, self.moments, first.device))
+        plain = (
+            PlainMoment(elements, True, self.moments, first.device),
+            PlainMoment(elements, False, self.moments, first.device),
+        )
         return _Group(slices, decay, master, plain)
 
     def gradient(self, name: str) -> Tensor:
@@ -161,14 +173,15 @@ class AdamW:
         first, second = (moment.load() for moment in group.moments)
         first.lerp_(grad, 1 - beta1)
         second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        generator = _generator((self.seed, self.steps, index), weight.device)
         for moment, values in zip(group.moments, (first, second), strict=True):
-            moment.store(values)
+            moment.store(values, generator)
         if group.decay:
             weight.mul_(1 - lr * self.weight_decay)
         denominator = second.div_(1 - beta2**self.steps).sqrt_().add_(self.eps)
         weight.addcdiv_(first, denominator, value=-lr / (1 - beta1**self.steps))
         if self.regime == "bf16" and self.parameters[group.slices[0].name].dtype == torch.bfloat16:
-            weight = round_stochastically(weight, (self.seed, self.steps, index))
+            weight = round_stochastically(weight, generator)
         self._scatter(group.slices, weight)
 
     def _gather(self, slices: list[Slice], of: Callable[[str], Tensor]) -> Tensor:
@@ -242,16 +255,19 @@ def _slices(parameters: dict[str, nn.Parameter]) -> list[tuple[list[Slice], bool
     return groups
 
 
-def round_stochastically(values: Tensor, seed: tuple[int, ...]) -> Tensor:
+def _generator(parts: tuple[int, ...], device: torch.device) -> torch.Generator:
+    """Draws that depend on `parts` alone, so that a resumed run makes the same ones."""
+    mixed = 0
+    for part in parts:
+        mixed = (mixed * 1_000_003 + part + 1) % 2**63
+    return torch.Generator(device).manual_seed(mixed)
+
+
+def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
     """float32 -> bfloat16, up or down with the probability that makes the mean exact (arXiv 2010.06192).
 
-    Updates smaller than half a unit in the last place then add up instead of vanishing. The draws depend on `seed`
-    alone, so that a resumed run makes the same ones.
+    Updates smaller than half a unit in the last place then add up instead of vanishing.
     """
-    mixed = 0
-    for part in seed:
-        mixed = (mixed * 1_000_003 + part + 1) % 2**63
-    generator = torch.Generator(values.device).manual_seed(mixed)
     noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
     return (values.contiguous().view(torch.int32) + noise).bitwise_and_(-65536).view(torch.float32).to(torch.bfloat16)
 
