@@ -44,7 +44,7 @@ def inference_least(config: ModelConfig, task: Inference, precision: str) -> Bou
 
 def decode_ceiling(config: ModelConfig, hardware: Hardware, task: Inference, precision: str, shards: int) -> Bound:
     """Tokens/s of one request: each step reads the weights and the cache once, at no more than peak bandwidth."""
-    weights = weight_bytes(config, precision, STACK).read_per_token(config.tie_word_embeddings)
+    weights = weight_bytes(config, precision, STACK).read_per_token
     cache = (task.prompt + task.generate / 2) * kv_bytes_per_token(config, task.kv_cache, get_stack(STACK))
     most = shards * hardware.device.bandwidth / (weights + cache)
     law = f"above {most:.1f} tokens/s, which the peak bandwidth gives for {(weights + cache) / GB:.1f} GB a token"

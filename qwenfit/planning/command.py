@@ -28,6 +28,8 @@ def _chat(plan: Plan, task: Inference) -> str:
     parts = ["qwenfit", "chat" if task.batch == 1 else "generate", _model(plan), "--precision", plan.precision]
     if task.kv_cache == "int8":
         parts += ["--kv-cache", "int8"]
+    if task.head_precision is not None:
+        parts += ["--head-precision", task.head_precision]
     parts += ["--context", str(task.context)]
     if task.batch > 1:
         parts += ["--batch", str(task.batch)]

@@ -129,6 +129,13 @@ READ: dict[str, Constant] = {
             "on older cards and drivers",
         ),
         Constant(
+            "cpu_process",
+            0.28 * GB,
+            "bytes",
+            "a CPU process beside weights and cache: the interpreter, torch, scratch",
+            "qwenfit on two Zen 3 cores, Qwen2.5-0.5B int4: 0.28 GB unaccounted",
+        ),
+        Constant(
             "growing_cache_reserve",
             0.066,
             "of allocated",

@@ -11,7 +11,7 @@ from qwenfit.planning.constants import fitted, read
 from qwenfit.planning.stack import Stack
 from qwenfit.planning.task import Inference
 from qwenfit.planning.types import Memory
-from qwenfit.planning.weights import WeightBytes, split_layers, tensor_parallel_bytes, weight_bytes
+from qwenfit.planning.weights import WeightBytes, split_layers, tensor_parallel_bytes, weight_bytes, with_head
 
 CHUNK = 2048  # tokens of prompts that a paged engine works on at once
 BLOCK = 16  # tokens per block of a paged cache
@@ -48,7 +48,7 @@ def prompt_activations(config: ModelConfig, tokens: int) -> int:
 def context_bytes(device: Device) -> int:
     """Driver context and libraries that no allocator counts: a CPU process's interpreter and torch itself."""
     if device.kind == "cpu":
-        return int(read("cuda_context"))
+        return int(read("cpu_process"))
     newer = device.compute_capability is not None and device.compute_capability >= (9, 0)
     return int(read("cuda_context")) * (2 if newer else 1)
 
@@ -112,7 +112,7 @@ def _device_memory(
     place: int,
 ) -> Memory:
     devices = hardware.world_size
-    weights = weight_bytes(config, precision, stack.name)
+    weights = with_head(config, weight_bytes(config, precision, stack.name), task.head_precision)
     layers = split_layers(weights.num_layers, devices)[place]
     last = place == devices - 1
     cache = moment.cached * kv_bytes_per_token(config, task.kv_cache, stack) * stack.cache_copies

@@ -12,7 +12,7 @@ from qwenfit.planning.inference_memory import kv_bytes_per_token
 from qwenfit.planning.stack import Stack
 from qwenfit.planning.task import Inference
 from qwenfit.planning.types import BANDWIDTH, COMPUTE, HOST, LINK, Interval, Speed
-from qwenfit.planning.weights import quantized_parameters, weight_bytes
+from qwenfit.planning.weights import quantized_parameters, weight_bytes, with_head
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def decode_step(
     """
     device = hardware.device
     shards = hardware.world_size if parallel == "tensor" else 1
-    weights = weight_bytes(config, precision, stack.name).read_per_token(config.tie_word_embeddings)
+    weights = with_head(config, weight_bytes(config, precision, stack.name), task.head_precision).read_per_token
     mean_context = task.prompt + task.generate / 2
     kv = task.batch * mean_context * kv_bytes_per_token(config, task.kv_cache, stack)
     quantized = quantized_parameters(config) if precision in ("int8", "int4") else 0

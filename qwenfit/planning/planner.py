@@ -32,7 +32,7 @@ from qwenfit.planning.weights import check_tensor_parallel, native_precision
 
 TIGHT_SHARE = 0.95  # of the usable memory: above it the plan's own uncertainty could make the run fail
 MAX_DEVICES = 4096
-INFERENCE_FIELDS = ("prompt", "generate", "batch", "shared_prefix", "kv_cache", "flash_attention")
+INFERENCE_FIELDS = ("prompt", "generate", "batch", "shared_prefix", "kv_cache", "head_precision", "flash_attention")
 FINETUNE_FIELDS = (
     "seq_len",
     "micro_batch",

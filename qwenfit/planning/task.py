@@ -45,6 +45,7 @@ class Inference:
     batch: int = 1
     shared_prefix: int = 0
     kv_cache: str = "bf16"
+    head_precision: str | None = None  # "int8" | "int4": quantize the head too; None: as the embedding
     flash_attention: bool | None = None
 
     name = "inference"
@@ -55,6 +56,8 @@ class Inference:
         check_count("batch", self.batch)
         check_count("shared_prefix", self.shared_prefix, least=0)
         check_choice("kv_cache", self.kv_cache, KV_CACHES)
+        if self.head_precision is not None:
+            check_choice("head_precision", self.head_precision, ("int8", "int4"))
         if self.shared_prefix > self.prompt:
             raise UsageError(f"shared_prefix ({self.shared_prefix}) is longer than the prompt ({self.prompt}).")
 

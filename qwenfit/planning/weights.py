@@ -25,7 +25,7 @@ GROUP_SIZE = 128
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Bytes of a model's weights by place. `head` is 0 when it is the embedding (tied)."""
+    """Bytes of a model's weights by place. `head` is 0 when it is the embedding (tied, and not quantized)."""
 
     embedding: int
     layer: int
@@ -37,9 +37,10 @@ class WeightBytes:
     def total(self) -> int:
         return self.embedding + self.layer * self.num_layers + self.final_norm + self.head
 
-    def read_per_token(self, tied: bool) -> int:
-        """Bytes a decode step reads: all but the embedding table, which is looked up (and is the head when tied)."""
-        return self.total - (0 if tied else self.embedding)
+    @property
+    def read_per_token(self) -> int:
+        """Bytes a decode step reads: all but the embedding table, which is looked up, unless it is the head too."""
+        return self.total - (self.embedding if self.head else 0)
 
 
 def native_precision(config: ModelConfig) -> str:
@@ -114,6 +115,14 @@ def _repacked(config: ModelConfig, bits: int, zeros: bool) -> WeightBytes:
 def _packed_linear(shape: LinearShape, bits: int, zeros: bool) -> int:
     groups = math.ceil(shape.in_features / GROUP_SIZE)
     return shape.in_features * shape.out_features * bits // 8 + groups * shape.out_features * (4 if zeros else 2)
+
+
+def with_head(config: ModelConfig, weights: WeightBytes, head_precision: str | None) -> WeightBytes:
+    """The same with the head quantized by qwenfit; a tied embedding stays as it is beside it."""
+    if head_precision is None:
+        return weights
+    head = LinearShape("lm_head", config.hidden_size, config.vocab_size, False)
+    return replace(weights, head=_packed_linear(head, BITS[head_precision], zeros=True))
 
 
 def quantized_parameters(config: ModelConfig) -> int:
