@@ -31,7 +31,7 @@ class TuneConfig:
     """
 
     model: str
-    data: tuple[str, ...] = ()  # files; "FILE=2.5" gives one a weight
+    data: tuple[str, ...] = ()  # files; "FILE@2.5" gives one a weight
     output: str = "tuned"  # the run's folder: checkpoints, metrics, the result
     eval_data: tuple[str, ...] = ()
 

@@ -13,7 +13,8 @@ class Rows:
     """A BatchSource over rows, each one sample or several packed ones, `micro_batch` of them at a time.
 
     The order of epoch e follows from (seed, e); `shuffle` False keeps the rows' own. A last, smaller micro-batch is
-    kept. `pad` False: a batch is as wide as its longest row, else `seq_len` wide whatever it holds.
+    kept. `pad` False: a batch is as wide as its longest row needs, in multiples of 8 (16-bit matrix units like them);
+    else `seq_len` wide whatever it holds.
     """
 
     def __init__(
@@ -37,7 +38,8 @@ class Rows:
     def batch(self, epoch: int, index: int) -> TrainBatch:
         start = index * self.micro_batch
         rows = [self.rows[i] for i in self._order_of(epoch)[start : start + self.micro_batch]]
-        width = self.seq_len if self.pad else max(sum(len(s.input_ids) for s in row) for row in rows)
+        longest = max(sum(len(s.input_ids) for s in row) for row in rows)
+        width = self.seq_len if self.pad else min(self.seq_len, -(-longest // 8) * 8)
         return collate(rows, width, self.pad_id)
 
     def _order_of(self, epoch: int) -> list[int]:
