@@ -96,6 +96,8 @@ def _keep_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointP
 class SegmentContext:
     """Causal attention within each of several segments that lie end to end, and none between them."""
 
+    centred = False
+
     def __init__(self, lengths: list[int], device: torch.device) -> None:
         """lengths: of the segments; they sum to the tokens of the step."""
         self.lengths = lengths
