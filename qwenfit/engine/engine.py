@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,32 +17,23 @@ from qwenfit.engine.request import Request
 from qwenfit.engine.runner import Network, Runner
 from qwenfit.engine.sampler import Sampler
 from qwenfit.engine.scheduler import Scheduler
-from qwenfit.engine.text import Detokenizer, TextStream
+from qwenfit.engine.text import TextStream
 from qwenfit.errors import DoesNotFit, QwenfitError, UsageError
 from qwenfit.model.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from qwenfit.checkpoint.tokenizer import Tokenizer
 
 
 class QueueFull(QwenfitError):
     """As many requests wait as may wait; try again later."""
 
 
-class Tokenizer(Protocol):
-    """What the engine needs of a tokenizer."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def eos_ids(self) -> Sequence[int]: ...
-
-    def detokenizer(self) -> Detokenizer: ...
-
-
 class Engine:
     """Add requests, then call `step` while there are any. One thread at a time; its memory does not grow.
 
-    `cache` holds `num_blocks` blocks of `block_size` tokens. `max_model_len` (prompt + answer) is cut to what they
-    hold. Without a tokenizer there is no text, no end of sequence, and every row of the head can be drawn.
+    `max_model_len` (prompt + answer; by default the model's context) is cut to what `cache` holds. Without a tokenizer
+    there is no text, no end of sequence, and every row of the head can be drawn.
     """
 
     def __init__(
@@ -52,8 +43,6 @@ class Engine:
         cache: KVCache,
         tokenizer: Tokenizer | None,
         *,
-        num_blocks: int,
-        block_size: int = 16,
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
         max_batched_tokens: int = 2048,
@@ -62,23 +51,24 @@ class Engine:
         device: torch.device | str = "cpu",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        if min(num_blocks, block_size, max_num_seqs) < 1:
-            raise UsageError("The engine needs at least one block, one token a block and one sequence.")
+        max_model_len = config.context_length if max_model_len is None else max_model_len
+        if min(max_model_len, max_num_seqs) < 1:
+            raise UsageError("max_model_len and max_num_seqs are at least 1.")
         if max_batched_tokens < max_num_seqs:
             raise UsageError(f"max_batched_tokens ({max_batched_tokens}) is below max_num_seqs ({max_num_seqs}).")
         self.config = config
         self.tokenizer = tokenizer
-        self.max_model_len = min(max_model_len or config.context_length, num_blocks * block_size)
+        self.max_model_len = min(max_model_len, cache.num_blocks * cache.block_size)
         self.max_queue = max_queue
         self.vocab_size = config.vocab_size if tokenizer is None else min(tokenizer.vocab_size, config.vocab_size)
         self._eos_ids = frozenset(() if tokenizer is None else tokenizer.eos_ids)
         self._clock = clock
         device = torch.device(device)
-        self.scheduler = Scheduler(BlockPool(num_blocks, block_size), max_num_seqs, max_batched_tokens, prefix_cache)
+        pool = BlockPool(cache.num_blocks, cache.block_size)
+        self.scheduler = Scheduler(pool, max_num_seqs, max_batched_tokens, prefix_cache)
         self.runner = Runner(
             model,
             cache,
-            block_size=block_size,
             max_num_seqs=max_num_seqs,
             max_model_len=self.max_model_len,
             device=device,

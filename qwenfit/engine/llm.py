@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, Literal, Protocol, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 import torch
 
 from qwenfit.config import ModelConfig
-from qwenfit.engine import engine
 from qwenfit.engine.engine import Engine
 from qwenfit.engine.output import Delta, RequestOutput, collect
 from qwenfit.engine.params import SamplingParams
@@ -19,24 +18,12 @@ from qwenfit.engine.sizes import free_bytes, num_blocks_for
 from qwenfit.errors import DoesNotFit, UsageError, nearest
 from qwenfit.model.kv_cache import KVCache
 
-COMPUTE_DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "int8": torch.bfloat16,
-    "int4": torch.bfloat16,
-}
+if TYPE_CHECKING:
+    from qwenfit.checkpoint.tokenizer import Tokenizer
 
+KV_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
-
-
-class Tokenizer(engine.Tokenizer, Protocol):
-    """What LLM needs of a tokenizer beyond what the engine does."""
-
-    def encode(self, text: str, /) -> list[int]: ...
-
-    def apply_chat_template(self, messages: Messages, /, **options: Any) -> list[int]: ...
 
 
 class Sizes(TypedDict, total=False):
@@ -64,28 +51,35 @@ class LLM:
         self,
         model: str,
         *,
-        precision: str = "bf16",
+        precision: str | None = None,
+        head_precision: str | None = None,
         device: str | None = None,
         random_weights: bool = False,
         seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
         **sizes: Unpack[Sizes],
     ) -> None:
-        """Load a catalog name, a folder, a .gguf or a Hub id.
+        """Load a catalog name, a folder, a .gguf or a Hub id; `load_model` says what each option does.
 
-        precision: "bf16", "fp16", "fp32", "int8" or "int4", of the weights; device: "cpu", "cuda", ... (default: a
-        GPU if there is one); `random_weights` (from `seed`): measure a model without downloading it, token ids only.
+        precision: "bf16", "fp16", "fp32", "int8" or "int4" (default: as stored); device: "cpu", "cuda", ... (default:
+        a GPU if there is one); `random_weights` (from `seed`): measure a model without downloading it, token ids only.
+        The KV cache has the type of the activations unless `kv_cache` names another.
         """
         from qwenfit.checkpoint.load import load_model
         from qwenfit.checkpoint.tokenizer import load_tokenizer
 
-        if precision not in COMPUTE_DTYPES:
-            raise UsageError(f"There is no precision {precision!r}.", f"Choose one of {', '.join(COMPUTE_DTYPES)}.")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = COMPUTE_DTYPES[precision]
         network, config = load_model(
-            model, precision=precision, device=device, dtype=dtype, random_weights=random_weights, seed=seed
+            model,
+            precision=precision,
+            head_precision=head_precision,
+            device=device,
+            random_weights=random_weights,
+            seed=seed,
+            progress=progress,
         )
-        tokenizer = None if random_weights else load_tokenizer(model, config)
+        tokenizer = None if random_weights else load_tokenizer(config.source, config)
+        sizes.setdefault("kv_cache", KV_NAMES[network.dtype])
         self._set_up(network, config, tokenizer, device, **sizes)
 
     @classmethod
@@ -136,8 +130,6 @@ class LLM:
             config,
             KVCache(config, num_blocks, block_size, kv_cache, device),
             tokenizer,
-            num_blocks=num_blocks,
-            block_size=block_size,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_batched_tokens=max_batched_tokens,

@@ -33,16 +33,15 @@ class Runner:
         model: Network,
         cache: KVCache,
         *,
-        block_size: int,
         max_num_seqs: int,
         max_model_len: int,
         device: torch.device,
     ) -> None:
         self.model = model
         self.cache = cache
-        self.block_size = block_size
+        self.block_size = cache.block_size
         self.device = device
-        self._tables = torch.zeros(max_num_seqs, -(-max_model_len // block_size), dtype=torch.int32)
+        self._tables = torch.zeros(max_num_seqs, -(-max_model_len // cache.block_size), dtype=torch.int32)
 
     @torch.inference_mode()
     def run(self, requests: list[Request]) -> Tensor | None:

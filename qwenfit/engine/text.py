@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
-
-class Detokenizer(Protocol):
-    """Turns ids into text; what ends within a character is kept back until it is whole."""
-
-    def push(self, token: int, /) -> str: ...
-
-    def finish(self) -> str: ...
+from qwenfit.checkpoint.detokenizer import Detokenizer
 
 
 class TextStream:

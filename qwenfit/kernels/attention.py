@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 
+from qwenfit.kernels import block
 from qwenfit.kernels.kv_quant import dequantize_kv, quantize_kv, quantize_kv_qwen1
 
 
@@ -27,6 +29,23 @@ class LayerCache:
     key_affine: torch.Tensor | None = None  # uint8 caches: float32 [num_blocks, block_size, kv_heads, 2]: scale, zero
     value_affine: torch.Tensor | None = None
     per_chunk: bool = False  # Qwen-1's own quantizer: one scale for each head of a chunk
+
+    @cached_property
+    def native(self) -> block.Cache | None:
+        """The same for the C kernels; None where they do not serve it."""
+        if self.per_chunk or self.key.device.type != "cpu" or self.key.dtype not in block.CACHE_DTYPES:
+            return None
+        _, block_size, kv_heads, head_dim = self.key.shape
+        return block.Cache(
+            self.key.data_ptr(),
+            self.value.data_ptr(),
+            None if self.key_affine is None else self.key_affine.data_ptr(),
+            None if self.value_affine is None else self.value_affine.data_ptr(),
+            kv_heads,
+            head_dim,
+            block_size,
+            block.CACHE_DTYPES[self.key.dtype],
+        )
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,25 @@ class RaggedStep:
         return None
 
     @cached_property
+    def single(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """The sequences that bring one token: its row int64, their context int32, their block tables; None: none."""
+        which = [i for i, queries in enumerate(self.query_lens) if queries == 1]
+        if not which:
+            return None
+        contexts = torch.tensor([self.context_lens[i] for i in which], dtype=torch.int32)
+        if len(which) == len(self.query_lens):
+            return torch.arange(len(which)), contexts, self.block_tables
+        starts = [0, *accumulate(self.query_lens)]
+        return torch.tensor([starts[i] for i in which]), contexts, self.block_tables[which]
+
+    @cached_property
+    def chunks(self) -> list[Span]:
+        """The sequences that bring more than one token."""
+        if max(self.query_lens) == 1:
+            return []
+        return [span for span in self.spans if span.stop - span.start > 1]
+
+    @cached_property
     def spans(self) -> list[Span]:
         spans, start = [], 0
         for queries, context, table in zip(self.query_lens, self.context_lens, self.block_tables.tolist(), strict=True):
@@ -88,6 +126,8 @@ class RaggedStep:
 
 def write_kv(cache: LayerCache, k: torch.Tensor, v: torch.Tensor, step: RaggedStep) -> None:
     """Store the step's keys and values [T, kv_heads, head_dim] in their slots, quantized if the cache is."""
+    if cache.native is not None and block.usable(k):
+        return block.write_kv(cache.native, k, v, step.slots)
     for stored, affine, x in ((cache.key, cache.key_affine, k), (cache.value, cache.value_affine, v)):
         if affine is not None:
             x, scale_zero = _quantize_chunks(x, step) if cache.per_chunk else quantize_kv(x)
@@ -118,6 +158,14 @@ def paged_attention(q: torch.Tensor, cache: LayerCache, step: RaggedStep, scale:
 
     q [T, heads, head_dim] -> [T, heads * head_dim]. Query head h reads kv head h // (heads / kv_heads).
     """
+    if cache.native is not None and block.usable(q):
+        out = q.new_empty(len(q), q.shape[1] * q.shape[2])
+        if step.single is not None:
+            block.decode_attention(cache.native, q, out, *step.single, scale)
+        for span in step.chunks:
+            rows = slice(span.start, span.stop)
+            out[rows] = _attend(q[rows], *_read(cache, span, q.dtype), span, scale)
+        return out
     outputs = [_attend(q[span.start : span.stop], *_read(cache, span, q.dtype), span, scale) for span in step.spans]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from qwenfit.kernels import block
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+
+def rotate_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate each head of x [tokens, heads, head_dim]; the result has x's dtype.
 
     cos and sin are float32 [tokens, 1, head_dim]; the first half of `sin` is negated already, so that swapping the
@@ -13,3 +15,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """
     half = x.shape[-1] // 2
     return torch.addcmul(x * cos, x.roll(half, -1), sin).to(x.dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """As the reference. The heads of a token lie side by side in x."""
+    return block.rotate(x, cos, sin) if block.usable(x) else rotate_reference(x, cos, sin)

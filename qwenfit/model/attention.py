@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -14,11 +15,15 @@ from qwenfit.kernels.norm import rms_norm
 from qwenfit.kernels.rotary import rotate
 from qwenfit.model.kv_cache import KVCache
 from qwenfit.model.linear import Linear
-from qwenfit.model.rotary import Angles
+from qwenfit.model.rotary import Angles, Rotary
+
+CENTRED_OVER = 4096  # positions: a long conversation
 
 
 class Context(Protocol):
     """Where keys and values live. Queries, keys and values come rotated."""
+
+    centred: bool  # whether keys shall come less `Attention.key_centre`
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [T, heads, head_dim], k and v [T, kv_heads, head_dim] -> [T, heads * head_dim]."""
@@ -30,6 +35,7 @@ class PagedContext:
 
     def __init__(self, cache: KVCache, step: RaggedStep) -> None:
         self.cache, self.step = cache, step
+        self.centred = cache.dtype == "int8"
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         cache = self.cache.layers[layer]
@@ -39,6 +45,8 @@ class PagedContext:
 
 class FullContext:
     """Whole sequences [batch, length], flattened to T = batch * length tokens; nothing is cached. Differentiable."""
+
+    centred = False
 
     def __init__(self, batch: int, attention_mask: torch.Tensor | None) -> None:
         """attention_mask: bool [batch, length], False where padded; None: no padding."""
@@ -62,7 +70,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
-        self.layer = layer
+        self.config, self.layer = config, layer
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.eps = config.rms_norm_eps
         outputs = config.q_size + 2 * config.kv_size
@@ -84,8 +92,28 @@ class Attention(nn.Module):
         q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
         if angles.query_scale is not None:
             q = q * angles.query_scale
+        if False and context.centred and self.key_centre is not None:
+            k = k - self.key_centre
         out: torch.Tensor = self.o_proj(context.attend(self.layer, q, k, v))
         return out
+
+    @cached_property
+    def key_centre(self) -> torch.Tensor | None:
+        """The rotated key bias, averaged over positions, [kv_heads, head_dim]; None without one.
+
+        Qwen's key biases reach 200 where keys are about 1, and set the step of a quantized key. What is the same in
+        all keys adds the same to all scores of a query, which softmax does not see: so the part of the bias that
+        hardly turns is left out of an int8 cache, and its keys are several times finer.
+        """
+        bias = self.qkv_proj.bias
+        if bias is None:
+            return None
+        keys = bias[-2 * self.num_kv_heads * self.head_dim : -self.num_kv_heads * self.head_dim]
+        positions = torch.arange(CENTRED_OVER, device=bias.device)
+        angles = Rotary(self.config).angles(positions, [CENTRED_OVER], [1.0], CENTRED_OVER, torch.float32)
+        cos, sin = angles.cos.mean(0, keepdim=True), angles.sin.mean(0, keepdim=True)
+        heads = keys.detach().float().view(1, self.num_kv_heads, self.head_dim)
+        return rotate(heads, cos, sin)[0].to(bias.dtype)
 
 
 class HeadNorm(nn.Module):

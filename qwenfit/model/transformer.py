@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from qwenfit.config import ModelConfig
+from qwenfit.kernels.activation import silu_mul
 from qwenfit.kernels.linear import linear
 from qwenfit.kernels.norm import rms_norm
 from qwenfit.model.attention import Attention, Context, FullContext, PagedContext
@@ -36,8 +36,7 @@ class MLP(nn.Module):
         self.down_proj = Linear.empty(m, h, False, dtype, device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        out: torch.Tensor = self.down_proj(F.silu(gate) * up)
+        out: torch.Tensor = self.down_proj(silu_mul(self.gate_up_proj(x)))
         return out
 
 

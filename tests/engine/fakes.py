@@ -44,7 +44,7 @@ class FakeCache:
     """Per slot: token, position and alpha."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.block_size = block_size
+        self.num_blocks, self.block_size = num_blocks, block_size
         self.slots = torch.full((num_blocks * block_size, 3), -12345, dtype=torch.int64)
 
 
@@ -133,8 +133,6 @@ def fake_engine(num_blocks: int = 64, block_size: int = 4, model: FakeModel | No
         options.pop("config", tiny_config()),
         FakeCache(num_blocks, block_size),
         options.pop("tokenizer", FakeTokenizer()),
-        num_blocks=num_blocks,
-        block_size=block_size,
         **{"max_num_seqs": 8, "max_batched_tokens": 32, **options},
     )
 

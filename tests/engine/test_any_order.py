@@ -13,7 +13,7 @@ SEEN: Counter[str] = Counter()
 
 
 @run_settings
-@given(sizes, st.lists(arrivals, min_size=1, max_size=10))
+@given(sizes, st.lists(arrivals, min_size=2, max_size=10))
 def test_every_answer_is_the_one_given_alone(options, requests):
     model, config = FakeModel(), tiny_config()
     engine = fake_engine(model=model, config=config, **options)

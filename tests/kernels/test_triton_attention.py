@@ -8,7 +8,12 @@ from tests.kernels.triton_cases import DEVICE, error, poisoned, random
 pytest.importorskip("triton")
 from qwenfit.kernels.attention import LayerCache
 from qwenfit.kernels.kv_quant import dequantize_kv, quantize_kv
-from qwenfit.kernels.triton.decode_attention import decode_attention, decode_attention_reference
+from qwenfit.kernels.triton.decode_attention import (
+    NewTokens,
+    decode_attention,
+    decode_attention_reference,
+    decode_step_attention,
+)
 from qwenfit.kernels.triton.rotary_cache import rotary_angles, rotary_cache, rotary_cache_reference
 from qwenfit.model.rotary import inverse_frequencies, logn_scale
 
@@ -83,3 +88,28 @@ def test_angles_of_decoding_tokens() -> None:
     assert torch.allclose(sin[:, 0, :8].double(), -radians.sin() * 1.5, atol=1e-5)
     assert torch.equal(cos[..., 8:], cos[..., :8]) and torch.equal(sin[..., 8:], -sin[..., :8])
     assert torch.allclose(factor.flatten(), logn_scale(positions, 20))
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "splits"), [(2, 2, 4), (6, 2, 2), (2, 2, 1)])
+def test_the_newest_token_joins_its_sequence(
+    heads: int, kv_heads: int, splits: int, norms: bool, quantized: bool
+) -> None:
+    lengths, dim = [1, 33, 0, 16], 16
+    ours, theirs = filled(kv_heads, dim, 40, quantized), filled(kv_heads, dim, 40, quantized)
+    tables = torch.randperm(40, generator=torch.Generator().manual_seed(0)).view(4, 10).int().to(DEVICE)
+    context = torch.tensor(lengths, device=DEVICE)
+    places = [int(tables[i, (n - 1) // 4]) * 4 + (n - 1) % 4 if n else -1 for i, n in enumerate(lengths)]
+    slots = torch.tensor(places, device=DEVICE)
+    qkv = random(4, heads + 2 * kv_heads, dim)
+    cos, sin, scale = random(4, 1, dim), random(4, 1, dim, seed=1), random(4, 1, 1) * 0.1 + 1
+    head_norms = (random(dim) * 0.1 + 1, random(dim, seed=1) * 0.1 + 1) if norms else None
+    out = poisoned(4, heads * dim)
+    new = NewTokens(cos, sin, scale, head_norms, 1e-6, slots)
+    decode_step_attention(qkv, new, ours, tables, context, 0.3, out=out, splits=splits, config=TINY)
+    q = rotary_cache_reference(qkv, cos, sin, scale, head_norms, 1e-6, slots, theirs)
+    reference = decode_attention_reference(q, theirs, tables, context, 0.3)
+    assert error(out, reference) < (5e-3 if quantized else 1e-5)  # a tie may be rounded the other way
+    assert (ours.key.float() - theirs.key.float()).abs().max() <= (1 if quantized else 1e-5)
+    assert (ours.value.float() - theirs.value.float()).abs().max() <= (1 if quantized else 1e-5)

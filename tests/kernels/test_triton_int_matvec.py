@@ -10,7 +10,7 @@ from qwenfit.kernels.triton.int_matvec import int_matvec, int_matvec_reference, 
 from qwenfit.kernels.triton.layout import pack_codes, unpack_codes
 from qwenfit.quantize.types import QuantizedWeight
 
-SMALL = {"rows": 4, "words": 32, "warps": 1}
+SMALL = {"rows": 4, "words": 32, "warps": 1, "programs": 99}
 
 
 def quantized(bits: int, out: int, inputs: int, group: int, zeros: str = "middle", perm: bool = False):
@@ -74,6 +74,17 @@ def test_a_row_times_an_integer_weight(bits: int, out: int, inputs: int, group: 
     x, bias, residual = random(1, inputs), random(out), random(1, out, seed=1)
     y = int_matvec(x, packed, bias, residual, out=poisoned(1, out), config=SMALL)
     assert error(y, int_matvec_reference(x, packed, bias, residual)) < 3e-4
+
+
+@pytest.mark.parametrize("words", [32, 128])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_program_takes_several_tiles(bits: int, words: int) -> None:
+    packed = pack_blocked(quantized(bits, 13, 384, 128), torch.float32, DEVICE)
+    assert packed is not None
+    x, norm = random(1, 384), random(384) + 3
+    config = SMALL | {"words": words, "programs": 2, "rows": 2}
+    y = int_matvec(x, packed, norm=norm, out=poisoned(1, 13), config=config)
+    assert error(y, int_matvec_reference(x, packed, norm=norm)) < 3e-4
 
 
 @pytest.mark.parametrize(("bits", "rows"), [(4, 3), (8, 2), (4, 16)])

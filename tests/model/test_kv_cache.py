@@ -97,3 +97,16 @@ def test_a_smaller_cache_changes_logits_little(golden: Path, dtype: str, bound: 
     new_ids = expected["P100.new_ids"].tolist()
     logits = Paged(load_golden(folder), 256, dtype).feed("s", expected["P100.input_ids"].tolist(), new_ids)
     assert 0 < max_error(logits, expected["P100.logits"]) < bound
+
+
+def test_a_large_key_bias_costs_an_int8_cache_nothing(golden: Path) -> None:
+    """As in Qwen2.5, where it reaches 200 in dimensions that hardly turn and is the same in every key."""
+    folder = golden / "qwen2_qwen3" / "qwen2_tied"
+    ids = torch.randint(0, 256, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    model = load_golden(folder)
+    config = model.config
+    for layer in model.layers:
+        key_bias = layer.self_attn.qkv_proj.bias.data[config.q_size :][: config.kv_size]
+        key_bias.view(config.num_kv_heads, config.head_dim)[:, config.head_dim // 2 - 1] += 200.0
+    exact, int8 = (Paged(model, 64, dtype).feed("s", ids[:40], ids[40:]) for dtype in ("fp32", "int8"))
+    assert 0 < max_error(int8, exact) < 0.15

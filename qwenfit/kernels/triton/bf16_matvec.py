@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qwenfit.kernels.triton.int_matvec import finish, normalised
+from qwenfit.kernels.triton.int_matvec import finish, finish_tile, normalised, row_of_tile
 from qwenfit.kernels.triton.launch import options, start_after_previous
 from qwenfit.kernels.triton.tuning import tuned
 
@@ -77,15 +77,12 @@ def _bf16_matvec(
     GATED: tl.constexpr, M: tl.constexpr, TILE_OUT: tl.constexpr, TILE_IN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     # Tensors are [inputs, rows of the weight, rows of x].
-    tile = tl.program_id(0) * TILE_OUT + tl.arange(0, TILE_OUT)
-    if GATED:  # a gate's row beside its partner
-        of_tile = (tile % 2) * (OUT // 2) + tile // 2
-    else:
-        of_tile = tile
-    here = (tile < OUT)[None, :, None]
+    tile = tl.program_id(0)
+    row = row_of_tile(tile, OUT, TILE_OUT, GATED)[None, :, None]
+    here = row < OUT
     column = tl.arange(0, TILE_IN)[:, None, None]
     batch = tl.arange(0, M)[None, None, :]
-    w_at = w_ptr + of_tile[None, :, None].to(tl.int64) * IN + column
+    w_at = w_ptr + row.to(tl.int64) * IN + column
     w = tl.load(w_at, mask=here & (column < IN), other=0.0, eviction_policy="evict_first")
     start_after_previous(OVERLAP)
     total = tl.zeros([TILE_IN // 8, TILE_OUT, M], tl.float32)
@@ -103,17 +100,4 @@ def _bf16_matvec(
     y = tl.sum(total, axis=0)  # [TILE_OUT, M]
     if HAS_NORM:
         y *= tl.rsqrt(tl.sum(squares, axis=0) / IN + eps)
-    batch = tl.arange(0, M)[None, :]
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + of_tile, mask=tile < OUT, other=0.0).to(tl.float32)[:, None]
-    if GATED:
-        gate, up = tl.split(tl.permute(y.reshape([TILE_OUT // 2, 2, M]), (0, 2, 1)))
-        y = gate * tl.sigmoid(gate) * up
-        output = tl.program_id(0) * (TILE_OUT // 2) + tl.arange(0, TILE_OUT // 2)[:, None]
-    else:
-        output = tile[:, None]
-    store = (batch < rows) & (output < outputs)
-    place = batch * outputs + output
-    if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + place, mask=store, other=0.0).to(tl.float32)
-    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=store)
+    finish_tile(y, tile, bias_ptr, residual_ptr, y_ptr, rows, outputs, OUT, TILE_OUT, M, HAS_BIAS, HAS_RESIDUAL, GATED)

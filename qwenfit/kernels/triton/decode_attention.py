@@ -6,6 +6,8 @@ tensors and the grid depends on none of them, so a CUDA graph of a step stays ri
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -67,9 +69,56 @@ def decode_attention(
     config: dict[str, int] | None = None,
 ) -> torch.Tensor:
     """`decode_attention_reference` in one or two kernels. q is contiguous; head_dim is a power of two."""
-    batch, heads, head_dim = q.shape
+    return _run(q, q.shape[1], None, cache, block_tables, context_lens, scale, out, splits, config)
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """What `decode_step_attention` must know of the step's own tokens, one for each sequence; see `rotary_cache`."""
+
+    cos: torch.Tensor  # float32 [B, 1, head_dim]
+    sin: torch.Tensor
+    query_scale: torch.Tensor | None  # [B, 1, 1]
+    head_norms: tuple[torch.Tensor, torch.Tensor] | None
+    eps: float
+    slots: torch.Tensor  # int64 [B], -1 in padding rows
+    key_centre: torch.Tensor | None = None  # [kv_heads, head_dim] of q's dtype, taken from rotated keys
+
+
+def decode_step_attention(
+    qkv: torch.Tensor,
+    new: NewTokens,
+    cache: LayerCache,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    out: torch.Tensor | None = None,
+    splits: int | None = None,
+    config: dict[str, int] | None = None,
+) -> torch.Tensor:
+    """`rotary_cache`, then `decode_attention`, without a kernel of its own for the first.
+
+    qkv [B, heads + 2 kv_heads, head_dim] as projected. The part of a sequence that ends in the new token takes its key
+    and value from qkv and writes them to the cache; the tokens before are read while qkv is still being computed.
+    """
+    heads = qkv.shape[1] - 2 * cache.key.shape[2]
+    return _run(qkv, heads, new, cache, block_tables, context_lens, scale, out, splits, config)
+
+
+def _run(
+    q: torch.Tensor,
+    heads: int,
+    new: NewTokens | None,
+    cache: LayerCache,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    out: torch.Tensor | None,
+    splits: int | None,
+    config: dict[str, int] | None,
+) -> torch.Tensor:
+    batch, head_dim = q.shape[0], q.shape[-1]
     size, kv_heads = cache.key.shape[1:3]
-    quantized = cache.key_affine is not None
     splits = splits or num_splits(batch, kv_heads, q.device)
     if out is None:
         out = torch.empty(batch, heads * head_dim, dtype=q.dtype, device=q.device)
@@ -80,11 +129,16 @@ def decode_attention(
     group = heads // kv_heads
     config = config or tuned("decode_attention", (cache.key.element_size(), head_dim, group, batch))
     shared = dict(SPLITS=splits, DIM=head_dim, HEADS=heads, TILE=config["tokens"], **options(q))
+    q_norm, k_norm = (new.head_norms if new else None) or (None, None)
     _attend[(splits, kv_heads, batch)](
-        q, cache.key, cache.value, cache.key_affine, cache.value_affine, block_tables, context_lens, partial, lse,
-        scale * 1.4426950408889634, block_tables.stride(0),
-        KV_HEADS=kv_heads, GROUP=group, GROUP_TILE=max(16, triton.next_power_of_2(group)),
-        BLOCK_SIZE=size, QUANTIZED=quantized, num_warps=config["warps"], **shared,
+        q, new and new.cos, new and new.sin, new and new.query_scale, q_norm, k_norm, new and new.slots, new and new.key_centre,
+        cache.key, cache.value, cache.key_affine, cache.value_affine, block_tables, context_lens, partial, lse,
+        scale * 1.4426950408889634, new.eps if new else 0.0, block_tables.stride(0),
+        FUSED=new is not None, HAS_SCALE=new is not None and new.query_scale is not None,
+        HAS_NORM=q_norm is not None, HAS_CENTRE=new is not None and new.key_centre is not None,
+        KV_HEADS=kv_heads, GROUP=group,
+        GROUP_TILE=1 if group == 1 else max(16, triton.next_power_of_2(group)),
+        BLOCK_SIZE=size, QUANTIZED=cache.key_affine is not None, num_warps=config["warps"], **shared,
     )  # fmt: skip
     if splits > 1:
         _merge[(heads, batch)](partial, lse, context_lens, out, num_warps=4, **shared)
@@ -97,142 +151,194 @@ def _split_length(context, SPLITS: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def _rotated(row_ptr, norm_ptr, mask, cos, sin, eps, DIM: tl.constexpr, HAS_NORM: tl.constexpr):
+    """Heads [n, DIM] at `row_ptr` [n, 1], normalised (Qwen3) and rotated, each step rounded to the model's dtype."""
+    dtype = row_ptr.dtype.element_ty
+    d = tl.arange(0, DIM)[None, :]
+    other = (d + DIM // 2) % DIM
+    x = tl.load(row_ptr + d, mask=mask, other=0.0).to(tl.float32)
+    partner = tl.load(row_ptr + other, mask=mask, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        inverse = tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)[:, None]
+        x = ((x * inverse).to(dtype).to(tl.float32) * tl.load(norm_ptr + d).to(tl.float32)).to(dtype).to(tl.float32)
+        partner = (partner * inverse).to(dtype).to(tl.float32) * tl.load(norm_ptr + other).to(tl.float32)
+        partner = partner.to(dtype).to(tl.float32)
+    return (x * cos + partner * sin).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _cached(
+    x, cache_ptr, affine_ptr, vector, write, DIM: tl.constexpr, QUANTIZED: tl.constexpr
+):  # fmt: skip
+    """Store a new token's x [1, DIM] as vector number `vector` of the cache; returns it as later steps will read it."""
+    at = vector * DIM + tl.arange(0, DIM)[None, :]
+    if QUANTIZED:
+        low, high = tl.min(x, axis=1)[:, None], tl.max(x, axis=1)[:, None]
+        scale = (high - low) / 255
+        scale = tl.where(scale > 0, scale, 1.0)
+        zero = -low / scale
+        q = tl.floor((x - low) / scale + 0.5)
+        one = tl.zeros([1, 1], tl.int32)
+        tl.store(affine_ptr + vector * 2 + one, scale, mask=write & (one == 0))
+        tl.store(affine_ptr + vector * 2 + 1 + one, zero, mask=write & (one == 0))
+        tl.store(cache_ptr + at, q.to(tl.uint8), mask=write & (at >= 0))
+        return (q - zero) * scale
+    else:
+        tl.store(cache_ptr + at, x.to(cache_ptr.dtype.element_ty), mask=write & (at >= 0))
+        return x
+
+
+@triton.jit
+def _tile(
+    key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, table_ptr, token, stop, kv_head,
+    KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, QUANTIZED: tl.constexpr,
+):  # fmt: skip
+    """Keys and values [TILE, DIM] of some tokens, and their scales and zeros (without meaning if not quantized)."""
+    here = token < stop
+    block = tl.load(table_ptr + token // BLOCK_SIZE, mask=here, other=0).to(tl.int64)
+    vector = (block * BLOCK_SIZE + token % BLOCK_SIZE) * KV_HEADS + kv_head
+    at = vector[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    k = tl.load(key_ptr + at, mask=here[:, None], other=0.0)
+    v = tl.load(value_ptr + at, mask=here[:, None], other=0.0)
+    if QUANTIZED:
+        key_scale = tl.load(key_affine_ptr + vector * 2, mask=here, other=0.0)
+        key_zero = tl.load(key_affine_ptr + vector * 2 + 1, mask=here, other=0.0)
+        value_scale = tl.load(value_affine_ptr + vector * 2, mask=here, other=0.0)
+        value_zero = tl.load(value_affine_ptr + vector * 2 + 1, mask=here, other=0.0)
+    else:
+        key_scale = tl.zeros_like(token).to(tl.float32)
+        key_zero, value_scale, value_zero = key_scale, key_scale, key_scale
+    return k, v, key_scale, key_zero, value_scale, value_zero
+
+
+@triton.jit
 def _attend(
-    q_ptr, key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, table_ptr, context_ptr, partial_ptr, lse_ptr,
-    scale, table_stride,
+    q_ptr, cos_ptr, sin_ptr, query_scale_ptr, q_norm_ptr, k_norm_ptr, slots_ptr, centre_ptr,
+    key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, table_ptr, context_ptr, partial_ptr, lse_ptr,
+    scale, eps, table_stride,
+    FUSED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_CENTRE: tl.constexpr,
     SPLITS: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     QUANTIZED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    start_after_previous(OVERLAP)
+    if not FUSED:
+        start_after_previous(OVERLAP)
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    d = tl.arange(0, DIM)[None, :]
     context = tl.load(context_ptr + row).to(tl.int32)
     length = _split_length(context, SPLITS, TILE)
     start = split * length
-    stop = tl.minimum(start + length, context)
-    if start < stop or SPLITS == 1:
-        if GROUP == 1:
-            _attend_alone(
-                q_ptr, key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, table_ptr + row * table_stride,
-                partial_ptr, lse_ptr, row, kv_head, split, start, stop, scale,
-                SPLITS, DIM, HEADS, TILE, KV_HEADS, BLOCK_SIZE, QUANTIZED,
-            )  # fmt: skip
+    past = context - 1 if FUSED else context  # tokens to read from the cache
+    stop = tl.minimum(start + length, past)
+    table_ptr += row * table_stride
+    lane = tl.arange(0, TILE)
+    k, v, key_scale, key_zero, value_scale, value_zero = _tile(
+        key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, table_ptr, start + lane, stop, kv_head,
+        KV_HEADS, BLOCK_SIZE, DIM, QUANTIZED,
+    )  # fmt: skip
+    if FUSED:
+        cos, sin = tl.load(cos_ptr + row * DIM + d), tl.load(sin_ptr + row * DIM + d)
+        start_after_previous(OVERLAP)
+    if start < context or SPLITS == 1:
+        member = tl.arange(0, GROUP_TILE)
+        real = (member < GROUP)[:, None]
+        head = kv_head * GROUP + member
+        if FUSED:
+            base = q_ptr + row.to(tl.int64) * (HEADS + 2 * KV_HEADS) * DIM
+            q = _rotated(base + (head * DIM)[:, None], q_norm_ptr, real, cos, sin, eps, DIM, HAS_NORM)
+            if HAS_SCALE:
+                factor = tl.load(query_scale_ptr + row).to(tl.float32)
+                q = (q * factor).to(q_ptr.dtype.element_ty).to(tl.float32)
+            zero_row = tl.zeros([1, 1], tl.int32)
+            k_row = base + (HEADS + kv_head) * DIM + zero_row
+            new_k = _rotated(k_row, k_norm_ptr, zero_row == 0, cos, sin, eps, DIM, HAS_NORM)
+            if HAS_CENTRE:
+                new_k -= tl.load(centre_ptr + kv_head * DIM + d).to(tl.float32)
+                new_k = new_k.to(q_ptr.dtype.element_ty).to(tl.float32)
+            new_v = tl.load(base + (HEADS + KV_HEADS + kv_head) * DIM + d).to(tl.float32)
+            slot = tl.load(slots_ptr + row).to(tl.int64)
+            owns = (past >= start) & (past < start + length)
+            vector = slot * KV_HEADS + kv_head
+            write = (past + zero_row >= start) & (past + zero_row < start + length) & (slot + zero_row >= 0)
+            new_k = _cached(new_k, key_ptr, key_affine_ptr, vector, write, DIM, QUANTIZED)
+            new_v = _cached(new_v, value_ptr, value_affine_ptr, vector, write, DIM, QUANTIZED)
+            score = tl.where(owns, tl.sum(q * new_k, axis=1) * scale, -1e30)  # [GROUP_TILE]
+            mine = tl.where(owns, 1.0, 0.0)
         else:
-            _attend_group(
-                q_ptr, key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, table_ptr + row * table_stride,
-                partial_ptr, lse_ptr, row, kv_head, split, start, stop, scale,
-                SPLITS, DIM, HEADS, TILE, KV_HEADS, GROUP, GROUP_TILE, BLOCK_SIZE, QUANTIZED,
+            q = tl.load(q_ptr + ((row * HEADS + head) * DIM)[:, None] + d, mask=real, other=0.0).to(tl.float32)
+        if GROUP == 1:
+            # No matrix product, so no tensor cores: each lane keeps its own maximum over the tokens that it meets.
+            top = tl.full([TILE], -1e30, tl.float32)
+            total = tl.zeros([TILE], tl.float32)
+            acc = tl.zeros([TILE, DIM], tl.float32)
+            if FUSED:  # the new token is the first of lane 0
+                is_first = lane == 0
+                top = tl.where(is_first, tl.sum(score, axis=0), top)
+                total = tl.where(is_first, mine, 0.0)
+                acc += total[:, None] * new_v
+            q *= scale
+            q_sum = tl.sum(q)
+            offset = tl.zeros([TILE], tl.float32)  # what the zeros of quantized values take away
+        else:
+            top = tl.full([GROUP_TILE], -1e30, tl.float32)
+            total = tl.zeros([GROUP_TILE], tl.float32)
+            acc = tl.zeros([GROUP_TILE, DIM], tl.float32)
+            if FUSED:
+                top = score
+                total += mine
+                acc += mine * new_v
+            q_dot = q.to(q_ptr.dtype.element_ty)
+        for first in range(start, stop, TILE):
+            token = first + lane
+            here = token < stop
+            next_tile = _tile(
+                key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, table_ptr, token + TILE, stop, kv_head,
+                KV_HEADS, BLOCK_SIZE, DIM, QUANTIZED,
             )  # fmt: skip
-
-
-@triton.jit
-def _vectors(table_ptr, token, stop, kv_head, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Which key and value vectors of the layer belong to tokens of a sequence."""
-    block = tl.load(table_ptr + token // BLOCK_SIZE, mask=token < stop, other=0).to(tl.int64)
-    return (block * BLOCK_SIZE + token % BLOCK_SIZE) * KV_HEADS + kv_head
-
-
-@triton.jit
-def _attend_alone(
-    q_ptr, key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, table_ptr, partial_ptr, lse_ptr,
-    row, head, split, start, stop, scale,
-    SPLITS: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, KV_HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, QUANTIZED: tl.constexpr,
-):  # fmt: skip
-    """A query head with its own keys: no matrix product, so no tensor cores.
-
-    Each of the TILE lanes keeps its own running maximum over the tokens that it meets; they are merged once at the end.
-    """
-    d = tl.arange(0, DIM)[None, :]
-    lane = tl.arange(0, TILE)
-    q = tl.load(q_ptr + (row * HEADS + head) * DIM + d).to(tl.float32) * scale
-    q_sum = tl.sum(q)
-    top = tl.full([TILE], -1e30, tl.float32)
-    total = tl.zeros([TILE], tl.float32)
-    offset = tl.zeros([TILE], tl.float32)  # what the zeros of quantized values take away
-    acc = tl.zeros([TILE, DIM], tl.float32)
-    vector = _vectors(table_ptr, start + lane, stop, head, KV_HEADS, BLOCK_SIZE)
-    for first in range(start, stop, TILE):
-        token = first + lane
-        here = token < stop
-        at = vector[:, None] * DIM + d
-        k = tl.load(key_ptr + at, mask=here[:, None], other=0.0)
-        v = tl.load(value_ptr + at, mask=here[:, None], other=0.0)
-        if QUANTIZED:
-            key_scale = tl.load(key_affine_ptr + vector * 2, mask=here, other=0.0)
-            key_zero = tl.load(key_affine_ptr + vector * 2 + 1, mask=here, other=0.0)
-            value_scale = tl.load(value_affine_ptr + vector * 2, mask=here, other=0.0)
-            value_zero = tl.load(value_affine_ptr + vector * 2 + 1, mask=here, other=0.0)
-        vector = _vectors(table_ptr, token + TILE, stop, head, KV_HEADS, BLOCK_SIZE)
-        score = tl.sum(q * k.to(tl.float32), axis=1)
-        if QUANTIZED:
-            score = key_scale * (score - key_zero * q_sum)
-        score = tl.where(here, score, -1e30)
-        new_top = tl.maximum(top, score)
-        shrink = tl.exp2(top - new_top)
-        p = tl.where(here, tl.exp2(score - new_top), 0.0)
-        total = total * shrink + p
-        if QUANTIZED:
-            p = p * value_scale
-            offset = offset * shrink + p * value_zero
-        acc = acc * shrink[:, None] + p[:, None] * v.to(tl.float32)
-        top = new_top
-    highest = tl.max(top, axis=0)
-    weight = tl.exp2(top - highest)
-    sum_p = tl.sum(total * weight, axis=0)
-    sum_offset = tl.sum(offset * weight, axis=0)
-    result = (tl.sum(acc * weight[:, None], axis=0) - sum_offset) / tl.maximum(sum_p, 1e-30)
-    place = (row * HEADS + head) * SPLITS + split
-    tl.store(partial_ptr + place.to(tl.int64) * DIM + tl.arange(0, DIM), result.to(partial_ptr.dtype.element_ty))
-    if SPLITS > 1:
-        tl.store(lse_ptr + place, highest + tl.log2(sum_p))
-
-
-@triton.jit
-def _attend_group(
-    q_ptr, key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, table_ptr, partial_ptr, lse_ptr,
-    row, kv_head, split, start, stop, scale,
-    SPLITS: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr, GROUP_TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, QUANTIZED: tl.constexpr,
-):  # fmt: skip
-    """The query heads that share a kv head, padded to the 16 rows of a tensor core."""
-    dtype = q_ptr.dtype.element_ty
-    d = tl.arange(0, DIM)[None, :]
-    lane = tl.arange(0, TILE)
-    member = tl.arange(0, GROUP_TILE)
-    head = kv_head * GROUP + member
-    q = tl.load(q_ptr + (row * HEADS + head)[:, None] * DIM + d, mask=(member < GROUP)[:, None], other=0.0)
-    top = tl.full([GROUP_TILE], -1e30, tl.float32)
-    total = tl.zeros([GROUP_TILE], tl.float32)
-    acc = tl.zeros([GROUP_TILE, DIM], tl.float32)
-    for first in range(start, stop, TILE):
-        token = first + lane
-        here = token < stop
-        vector = _vectors(table_ptr, token, stop, kv_head, KV_HEADS, BLOCK_SIZE)
-        at = vector[:, None] * DIM + d
-        k = tl.load(key_ptr + at, mask=here[:, None], other=0.0)
-        v = tl.load(value_ptr + at, mask=here[:, None], other=0.0)
-        if QUANTIZED:
-            key_scale = tl.load(key_affine_ptr + vector * 2, mask=here, other=0.0)[:, None]
-            key_zero = tl.load(key_affine_ptr + vector * 2 + 1, mask=here, other=0.0)[:, None]
-            value_scale = tl.load(value_affine_ptr + vector * 2, mask=here, other=0.0)[:, None]
-            value_zero = tl.load(value_affine_ptr + vector * 2 + 1, mask=here, other=0.0)[:, None]
-            k = (k.to(tl.float32) - key_zero) * key_scale
-            v = (v.to(tl.float32) - value_zero) * value_scale
-        score = tl.dot(q, tl.trans(k.to(dtype)), input_precision="ieee") * scale
-        score = tl.where(here[None, :], score, -1e30)
-        new_top = tl.maximum(top, tl.max(score, axis=1))
-        shrink = tl.exp2(top - new_top)
-        p = tl.exp2(score - new_top[:, None])
-        total = total * shrink + tl.sum(p, axis=1)
-        acc = tl.dot(p.to(dtype), v.to(dtype), acc * shrink[:, None], input_precision="ieee")
-        top = new_top
-    result = acc / tl.maximum(total, 1e-30)[:, None]
-    place = ((row * HEADS + head) * SPLITS + split)[:, None]
-    real = (member < GROUP)[:, None]
-    tl.store(partial_ptr + place.to(tl.int64) * DIM + d, result.to(partial_ptr.dtype.element_ty), mask=real)
-    if SPLITS > 1:
-        tl.store(lse_ptr + place, (top + tl.log2(total))[:, None], mask=real)
+            if GROUP == 1:
+                points = tl.sum(q * k.to(tl.float32), axis=1)
+                if QUANTIZED:
+                    points = key_scale * (points - key_zero * q_sum)
+                points = tl.where(here, points, -1e30)
+                new_top = tl.maximum(top, points)
+                shrink = tl.exp2(top - new_top)
+                p = tl.where(here, tl.exp2(points - new_top), 0.0)
+                total = total * shrink + p
+                if QUANTIZED:
+                    p = p * value_scale
+                    offset = offset * shrink + p * value_zero
+                acc = acc * shrink[:, None] + p[:, None] * v.to(tl.float32)
+            else:
+                dtype = q_ptr.dtype.element_ty
+                if QUANTIZED:
+                    k_dot = ((k.to(tl.float32) - key_zero[:, None]) * key_scale[:, None]).to(dtype)
+                    v_dot = ((v.to(tl.float32) - value_zero[:, None]) * value_scale[:, None]).to(dtype)
+                else:
+                    k_dot, v_dot = k.to(dtype), v.to(dtype)
+                points = tl.dot(q_dot, tl.trans(k_dot), input_precision="ieee") * scale
+                points = tl.where(here[None, :], points, -1e30)
+                new_top = tl.maximum(top, tl.max(points, axis=1))
+                shrink = tl.exp2(top - new_top)
+                p = tl.exp2(points - new_top[:, None])
+                total = total * shrink + tl.sum(p, axis=1)
+                acc = tl.dot(p.to(dtype), v_dot, acc * shrink[:, None], input_precision="ieee")
+            top = new_top
+            k, v, key_scale, key_zero, value_scale, value_zero = next_tile
+        place = (row * HEADS + head) * SPLITS + split  # [GROUP_TILE]
+        if GROUP == 1:
+            highest = tl.max(top, axis=0)
+            weight = tl.exp2(top - highest)
+            total_of_all = tl.sum(total * weight, axis=0)
+            sums = tl.sum(acc * weight[:, None], axis=0) - tl.sum(offset * weight, axis=0)
+            result = (sums / tl.maximum(total_of_all, 1e-30))[None, :]
+            lse = highest + tl.log2(total_of_all) + tl.zeros([1], tl.float32)
+        else:
+            result = acc / tl.maximum(total, 1e-30)[:, None]
+            lse = top + tl.log2(total)
+        out = partial_ptr + place.to(tl.int64)[:, None] * DIM + d
+        tl.store(out, result.to(partial_ptr.dtype.element_ty), mask=real & (d < DIM))
+        if SPLITS > 1:
+            tl.store(lse_ptr + place, lse, mask=member < GROUP)
 
 
 @triton.jit

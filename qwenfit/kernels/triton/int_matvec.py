@@ -1,8 +1,10 @@
 """Products of a few activation rows with an int4 or int8 weight, at the speed of reading the weight.
 
 `int_matvec_reference` is the definition. In the kernel a program owns some rows of the weight and walks along all of
-the input, so nothing is split and sums have one order. A code is not converted: its bits become the top of a float's
-mantissa, 1 + q / 2^n, by one logical operation, and the 1 is subtracted from the sum of a group.
+the input, so nothing is split and sums have one order. A card's cores cannot convert each code to a float at the
+speed of its memory, so the products are of integers, four to an instruction (dp4a): the activations that one thread
+holds, 32 for int4 and 16 for int8, are rounded to 16 bits of their largest, in a high and a low byte. That is 128
+times finer than bfloat16 rounds the largest, and exact sums follow.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qwenfit.kernels.triton.launch import options, start_after_previous
+from qwenfit.kernels.triton.launch import INTERPRETED, options, start_after_previous
 from qwenfit.kernels.triton.layout import block_for, pack_codes, unpack_codes
 from qwenfit.kernels.triton.tuning import tuned
 from qwenfit.quantize.types import QuantizedWeight
@@ -141,15 +143,16 @@ def int_matvec(
         out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     config = config or tuned("int_matvec", (weight.bits, weight.in_features, weight.out_features, rows))
     lanes = 1 << (rows - 1).bit_length()
-    tile = config["rows"]
-    _int_matvec[(triton.cdiv(weight.out_features, tile),)](
+    tiles = triton.cdiv(weight.out_features, config["rows"])
+    programs = min(tiles, config["programs"])
+    _int_matvec[(programs,)](
         x, weight.codes, weight.scales, weight.zeros, bias, residual, norm, weight.perm, out,
-        rows, eps, outputs, ONE,
+        rows, eps, outputs, tiles, programs,
         IN=weight.in_features, OUT=weight.out_features, BITS=weight.bits, BLOCK=weight.block,
         GROUP_WORDS=weight.group_size * weight.bits // 32, GROUPS=weight.scales.shape[1],
         WORDS=weight.codes.shape[1], HAS_ZEROS=weight.zeros is not None, HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None, HAS_NORM=norm is not None, HAS_PERM=weight.perm is not None,
-        GATED=gated, M=lanes, TILE_OUT=tile, TILE_WORDS=min(config["words"], _power_of_two(weight.codes.shape[1])),
+        GATED=gated, INTERPRETED=INTERPRETED, M=lanes, TILE_OUT=config["rows"], TILE_WORDS=min(config["words"], _power_of_two(weight.codes.shape[1])),
         num_warps=config["warps"], **options(x),
     )  # fmt: skip
     return out
@@ -193,83 +196,223 @@ def sum_quads(x):
 
 
 @triton.jit
+def _max_of_quads(x):
+    """The largest of each four along the first dimension, in all four places."""
+    quads = x.reshape([x.shape[0] // 4, 4, x.shape[1], x.shape[2]])
+    top = tl.max(quads, axis=1, keep_dims=True)
+    return (top + tl.zeros_like(quads)).reshape(x.shape)
+
+
+@triton.jit
+def _low_bytes(a, b, c, d, INTERPRETED: tl.constexpr):
+    """The lowest bytes of four words as one word, a's the lowest."""
+    if INTERPRETED:
+        return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | (d & 255) << 24
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t, u; prmt.b32 t, $1, $2, 0x0040; prmt.b32 u, $3, $4, 0x0040; prmt.b32 $0, t, u, 0x5410; }",
+            "=r,r,r,r,r", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _second_bytes(a, b, c, d, INTERPRETED: tl.constexpr):
+    """As `_low_bytes`, of the bytes above the lowest."""
+    if INTERPRETED:
+        return _low_bytes(a >> 8, b >> 8, c >> 8, d >> 8, True)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t, u; prmt.b32 t, $1, $2, 0x0051; prmt.b32 u, $3, $4, 0x0051; prmt.b32 $0, t, u, 0x5410; }",
+            "=r,r,r,r,r", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _dot_low(codes, x, acc, INTERPRETED: tl.constexpr):
+    """acc + the dot product of four unsigned bytes and four unsigned bytes."""
+    if INTERPRETED:
+        for k in tl.static_range(4):
+            acc += ((codes >> 8 * k) & 255) * ((x >> 8 * k) & 255)
+        return acc
+    else:
+        return tl.inline_asm_elementwise(
+            "dp4a.u32.u32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, acc], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _dot_high(codes, x, acc, INTERPRETED: tl.constexpr):
+    """acc + the dot product of four unsigned bytes and four signed bytes."""
+    if INTERPRETED:
+        for k in tl.static_range(4):
+            acc += ((codes >> 8 * k) & 255) * ((((x >> 8 * k) & 255) ^ 128) - 128)
+        return acc
+    else:
+        return tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, acc], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _activations(
+    x_ptr, norm_ptr, perm_ptr, at, batch, rows,
+    j: tl.constexpr, IN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WORDS: tl.constexpr, WORDS: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_PERM: tl.constexpr,
+):  # fmt: skip
+    """(x, x times the norm's weight) for code j of the words `at`, float32 [words, 1, rows of x]."""
+    i = tl.max_contiguous(at // BLOCK_WORDS * BLOCK + at % BLOCK_WORDS, [4, 1, 1]) + j * BLOCK_WORDS
+    inside = (i < IN) & (at < WORDS)
+    if HAS_PERM:
+        i = tl.load(perm_ptr + i, mask=inside, other=0)
+    x = tl.load(x_ptr + batch * IN + i, mask=inside & (batch < rows), other=0.0).to(tl.float32)
+    if HAS_NORM:
+        return x, x * tl.load(norm_ptr + i, mask=inside, other=0.0).to(tl.float32)
+    else:
+        return x, x
+
+
+@triton.jit
+def _in_bytes(
+    x_ptr, norm_ptr, perm_ptr, at, batch, rows,
+    IN: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WORDS: tl.constexpr, WORDS: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_PERM: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The activations of the words `at` as 16-bit integers of a unit that the four words of a thread share.
+
+    Returns words of high bytes and of low bytes (for int4 of the even codes, then of the odd), and of each four words
+    the integers' sum, their unit, and the sum of squares of x before the norm.
+    """
+    PER_WORD: tl.constexpr = 32 // BITS
+    ROUND: tl.constexpr = 12582912.0  # 1.5 * 2^23: added, a float's lowest bits are its nearest integer
+    x, top = (), None
+    square = None
+    for j in tl.static_range(PER_WORD):
+        raw, weighted = _activations(x_ptr, norm_ptr, perm_ptr, at, batch, rows,
+                                     j, IN, BLOCK, BLOCK_WORDS, WORDS, HAS_NORM, HAS_PERM)  # fmt: skip
+        x = x + (weighted,)  # noqa: RUF005
+        if j == 0:
+            top, square = tl.abs(weighted), raw * raw
+        else:
+            top = tl.maximum(top, tl.abs(weighted))
+            square += raw * raw
+    top = tl.maximum(_max_of_quads(top), 1e-30)
+    inverse = 32767.0 / top
+    r, total = (), None
+    for j in tl.static_range(PER_WORD):
+        shifted = x[j] * inverse + ROUND
+        r = r + (shifted.to(tl.int32, bitcast=True),)  # noqa: RUF005
+        if j == 0:
+            total = shifted - ROUND
+        else:
+            total += shifted - ROUND
+    if BITS == 4:
+        high = (_second_bytes(r[0], r[2], r[4], r[6], INTERPRETED), _second_bytes(r[1], r[3], r[5], r[7], INTERPRETED))
+        low = (_low_bytes(r[0], r[2], r[4], r[6], INTERPRETED), _low_bytes(r[1], r[3], r[5], r[7], INTERPRETED))
+    else:
+        high = (_second_bytes(r[0], r[1], r[2], r[3], INTERPRETED),)
+        low = (_low_bytes(r[0], r[1], r[2], r[3], INTERPRETED),)
+    return high, low, sum_quads(total), sum_quads(top) * (0.25 / 32767.0), sum_quads(square)
+
+
+@triton.jit
 def _int_matvec(
     x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, residual_ptr, norm_ptr, perm_ptr, y_ptr,
-    rows, eps, outputs, one,
+    rows, eps, outputs, tiles, programs,
     IN: tl.constexpr, OUT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
     GROUP_WORDS: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
     HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr,
-    HAS_PERM: tl.constexpr, GATED: tl.constexpr,
+    HAS_PERM: tl.constexpr, GATED: tl.constexpr, INTERPRETED: tl.constexpr,
     M: tl.constexpr, TILE_OUT: tl.constexpr, TILE_WORDS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     # Tensors are [words or quads of words, rows of the weight, rows of x]: with the input first, Triton gives every
-    # load the same layout, a thread four consecutive words, and nothing goes through shared memory within the loop.
-    PER_WORD: tl.constexpr = 32 // BITS
-    BLOCK_WORDS: tl.constexpr = BLOCK // PER_WORD
-    QUADS: tl.constexpr = TILE_WORDS // 4
-    tile = tl.program_id(0) * TILE_OUT + tl.arange(0, TILE_OUT)
-    if GATED:  # a gate's row beside its partner
-        of_tile = (tile % 2) * (OUT // 2) + tile // 2
-    else:
-        of_tile = tile
-    row = of_tile[None, :, None]
-    here = (tile < OUT)[None, :, None]
+    # load the same layout, a thread four consecutive words, and nothing goes through shared memory but the last sum.
+    BLOCK_WORDS: tl.constexpr = BLOCK * BITS // 32
+    WHOLE: tl.constexpr = TILE_WORDS >= WORDS  # a program holds all of x, and keeps it for all of its tiles
     word = tl.arange(0, TILE_WORDS)[:, None, None]
-    quad = tl.arange(0, QUADS)[:, None, None]
+    quad = tl.arange(0, TILE_WORDS // 4)[:, None, None]
     batch = tl.arange(0, M)[None, None, :]
-    w_at = w_ptr + row * WORDS + word
-    words = tl.load(w_at, mask=here & (word < WORDS), other=0, eviction_policy="evict_first")
+    first_row = row_of_tile(tl.program_id(0), OUT, TILE_OUT, GATED)[None, :, None]
+    words = tl.load(w_ptr + first_row * WORDS + word, mask=(first_row < OUT) & (word < WORDS), other=0,
+                    eviction_policy="evict_first")  # fmt: skip
     start_after_previous(OVERLAP)
-    total = tl.zeros([QUADS, TILE_OUT, M], tl.float32)
-    squares = tl.zeros([QUADS, 1, M], tl.float32)
-    for start in range(0, WORDS, TILE_WORDS):
-        ahead = start + TILE_WORDS + word
-        following = tl.load(w_at + (start + TILE_WORDS), mask=here & (ahead < WORDS), other=0,
-                            eviction_policy="evict_first")  # fmt: skip
-        at = start + word
-        column = tl.max_contiguous(at // BLOCK_WORDS * BLOCK + at % BLOCK_WORDS, [4, 1, 1])
-        acc = tl.zeros([TILE_WORDS, TILE_OUT, M], tl.float32)
-        ones = tl.zeros([TILE_WORDS, 1, M], tl.float32)  # what the 1 in each float added
-        sums = tl.zeros([TILE_WORDS, 1, M], tl.float32)
-        square = tl.zeros([TILE_WORDS, 1, M], tl.float32)
-        for j in tl.static_range(PER_WORD):
-            i = column + j * BLOCK_WORDS
-            inside = (i < IN) & (at < WORDS)
-            if HAS_PERM:
-                i = tl.load(perm_ptr + i, mask=inside, other=0)
-            x = tl.load(x_ptr + batch * IN + i, mask=inside & (batch < rows), other=0.0).to(tl.float32)
-            if HAS_NORM:
-                square += x * x
-                x *= tl.load(norm_ptr + i, mask=inside, other=0.0).to(tl.float32)
-            sums += x
-            x *= 2 ** (code_unit(j, BITS) - BITS)
-            ones += x
-            acc += x * code_as_float(words, one, j, BITS)
-        part = sum_quads(acc) - sum_quads(ones)
+    if WHOLE:
+        high, low, sums, unit, squares = _in_bytes(
+            x_ptr, norm_ptr, perm_ptr, word, batch, rows,
+            IN, BITS, BLOCK, BLOCK_WORDS, WORDS, HAS_NORM, HAS_PERM, INTERPRETED,
+        )  # fmt: skip
+    for tile in range(tl.program_id(0), tiles, programs):
+        row = row_of_tile(tile, OUT, TILE_OUT, GATED)[None, :, None]
+        total = tl.zeros([TILE_WORDS // 4, TILE_OUT, M], tl.float32)
+        if not WHOLE:
+            squares = tl.zeros([TILE_WORDS // 4, 1, M], tl.float32)
+        for start in range(0, WORDS, TILE_WORDS):
+            last = start + TILE_WORDS >= WORDS
+            next_row = row_of_tile(tl.where(last, tile + programs, tile), OUT, TILE_OUT, GATED)[None, :, None]
+            next_word = tl.where(last, 0, start + TILE_WORDS) + word
+            following = tl.load(w_ptr + next_row * WORDS + next_word, mask=(next_row < OUT) & (next_word < WORDS),
+                                other=0, eviction_policy="evict_first")  # fmt: skip
+            if not WHOLE:
+                high, low, sums, unit, square = _in_bytes(
+                    x_ptr, norm_ptr, perm_ptr, start + word, batch, rows,
+                    IN, BITS, BLOCK, BLOCK_WORDS, WORDS, HAS_NORM, HAS_PERM, INTERPRETED,
+                )  # fmt: skip
+                squares += square
+            acc = tl.zeros([TILE_WORDS, TILE_OUT, M], tl.int32)
+            if BITS == 4:
+                even, odd = words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F
+                acc = _dot_high(even, high[0], acc, INTERPRETED)
+                acc = _dot_high(odd, high[1], acc, INTERPRETED) << 8
+                acc = _dot_low(even, low[0], acc, INTERPRETED)
+                acc = _dot_low(odd, low[1], acc, INTERPRETED)
+            else:
+                acc = _dot_high(words, high[0], acc, INTERPRETED) << 8
+                acc = _dot_low(words, low[0], acc, INTERPRETED)
+            first = start + quad * 4
+            group = row * GROUPS + first // GROUP_WORDS
+            some = (row < OUT) & (first < WORDS)
+            scale = tl.load(scale_ptr + group, mask=some, other=0.0).to(tl.float32)
+            if HAS_ZEROS:
+                zero = tl.load(zero_ptr + group, mask=some, other=0).to(tl.float32)
+            else:
+                zero = 2.0 ** (BITS - 1)
+            total += scale * (unit * (sum_quads(acc).to(tl.float32) - sums * zero))
+            words = following
+        y = tl.sum(total, axis=0)  # [TILE_OUT, M]
         if HAS_NORM:
-            squares += sum_quads(square)
-        first = start + quad * 4
-        group = row * GROUPS + first // GROUP_WORDS
-        some = here & (first < WORDS)
-        scale = tl.load(scale_ptr + group, mask=some, other=0.0).to(tl.float32)
-        if HAS_ZEROS:
-            zero = tl.load(zero_ptr + group, mask=some, other=0).to(tl.float32)
-        else:
-            zero = 2.0 ** (BITS - 1)
-        total += scale * (part * 2.0**BITS - sum_quads(sums) * zero)
-        words = following
-    y = tl.sum(total, axis=0)  # [TILE_OUT, M]
-    if HAS_NORM:
-        y *= tl.rsqrt(tl.sum(squares, axis=0) / IN + eps)
+            y *= tl.rsqrt(tl.sum(squares, axis=0) / IN + eps)
+        finish_tile(
+            y, tile, bias_ptr, residual_ptr, y_ptr, rows, outputs,
+            OUT, TILE_OUT, M, HAS_BIAS, HAS_RESIDUAL, GATED,
+        )  # fmt: skip
+
+
+@triton.jit
+def row_of_tile(tile, OUT: tl.constexpr, TILE_OUT: tl.constexpr, GATED: tl.constexpr):
+    """The rows of the weight in a tile; OUT and above: none. A gate's row stands beside its partner."""
+    i = tile * TILE_OUT + tl.arange(0, TILE_OUT)
+    if GATED:
+        return tl.where(i < OUT, (i % 2) * (OUT // 2) + i // 2, OUT)
+    else:
+        return i
+
+
+@triton.jit
+def finish_tile(
+    y, tile, bias_ptr, residual_ptr, y_ptr, rows, outputs,
+    OUT: tl.constexpr, TILE_OUT: tl.constexpr, M: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
+):  # fmt: skip
+    """The epilogue (see `finish`) of a tile's sums y [TILE_OUT, M]."""
     batch = tl.arange(0, M)[None, :]
     if HAS_BIAS:
-        y += tl.load(bias_ptr + of_tile, mask=tile < OUT, other=0.0).to(tl.float32)[:, None]
+        row = row_of_tile(tile, OUT, TILE_OUT, GATED)
+        y += tl.load(bias_ptr + row, mask=row < OUT, other=0.0).to(tl.float32)[:, None]
     if GATED:
         gate, up = tl.split(tl.permute(y.reshape([TILE_OUT // 2, 2, M]), (0, 2, 1)))
         y = gate * tl.sigmoid(gate) * up
-        output = tl.program_id(0) * (TILE_OUT // 2) + tl.arange(0, TILE_OUT // 2)[:, None]
+        output = tile * (TILE_OUT // 2) + tl.arange(0, TILE_OUT // 2)[:, None]
     else:
-        output = tile[:, None]
+        output = tile * TILE_OUT + tl.arange(0, TILE_OUT)[:, None]
     store = (batch < rows) & (output < outputs)
     place = batch * outputs + output
     if HAS_RESIDUAL:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,14 +17,15 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @triton.jit
 def start_after_previous(overlap: tl.constexpr):
-    """Wait for the kernel before this one; the kernel after may start its own prologue.
+    """Wait for the kernel before this one, then let the kernel after it start its own prologue.
 
-    What stands above this call may read weights only: with programmatic dependent launch it runs beside the previous
-    kernel. Every kernel calls it once, so that the completion of one implies that of all before it.
+    What stands above this call runs beside the previous kernel (programmatic dependent launch), so it may read weights
+    and what was written by the kernel before the previous one or earlier, and may write nothing. Every kernel calls it
+    once, and in this order, so that the end of one implies the end of all before it.
     """
     if overlap:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
 
 
 @functools.cache
@@ -36,3 +38,27 @@ def options(tensor: torch.Tensor) -> dict[str, Any]:
     if INTERPRETED or not _overlaps(tensor.device):
         return {"OVERLAP": False}
     return {"OVERLAP": True, "launch_pdl": True}
+
+
+def device_limits() -> dict[str, float]:
+    """What this GPU reaches: "read" and "copy" bytes/s (a copy counts both ways) and "bf16" FLOP/s; the best of 5."""
+    data = torch.randn(1 << 30, device="cuda")
+    target = torch.empty_like(data)
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return {
+        "read": data.nbytes / _seconds(lambda: data.sum()),
+        "copy": 2 * data.nbytes / _seconds(lambda: target.copy_(data)),
+        "bf16": 2 * 8192**3 / _seconds(lambda: a @ b),
+    }
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    best = float("inf")
+    for _ in range(5):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        best = min(best, start.elapsed_time(stop) / 1e3)
+    return best

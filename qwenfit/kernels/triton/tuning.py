@@ -16,17 +16,25 @@ def tuned(kernel: str, shape: tuple[int, ...]) -> Config:
     return _lookup(kernel, shape, _card())
 
 
+def key(kernel: str, shape: tuple[int, ...]) -> str:
+    """The name of a config in tuned/*.json; the number of rows is rounded up to a power of two."""
+    return " ".join(map(str, (kernel, *shape[:-1], 1 << (shape[-1] - 1).bit_length())))
+
+
 @functools.lru_cache(maxsize=4096)
 def _lookup(kernel: str, shape: tuple[int, ...], card: str) -> Config:
-    rows = 1 << (shape[-1] - 1).bit_length()
-    key = " ".join(map(str, (kernel, *shape[:-1], rows)))
-    found = _table(card).get(key)
+    found = _table(card).get(key(kernel, shape))
     return found if found is not None else _rule(kernel, shape)
 
 
 @functools.cache
 def _card() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
+@functools.cache
+def _cores() -> int:
+    return torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 1
 
 
 @functools.cache
@@ -45,5 +53,12 @@ def _rule(kernel: str, shape: tuple[int, ...]) -> Config:
     """Wide tiles along the input, few rows of the weight: what was best for most shapes that were measured."""
     rows = shape[-1]
     if kernel == "int_matvec":
-        return {"rows": 8 if rows == 1 else 4 if rows <= 4 else 2, "words": 512, "warps": 4}
-    return {"rows": 4 if rows <= 4 else 2, "columns": 1024, "warps": 4}
+        words = min(2048, 1 << (shape[1] * shape[0] // 32 - 1).bit_length())
+        warps = max(1, words // 128)
+        programs = _cores() * max(1, 16 // warps)
+        return {"rows": 8 if rows == 1 else 4 if rows <= 4 else 2, "words": words, "warps": warps, "programs": programs}
+    if kernel == "bf16_matvec":
+        return {"rows": 4 if rows <= 4 else 2, "columns": 1024, "warps": 4}
+    if kernel == "int_matmul":
+        return {"m": min(64, max(16, 1 << (rows - 1).bit_length())), "rows": 64, "words": 32, "warps": 4}
+    return {"tokens": 64 if shape[-2] > 1 else 32, "warps": 4}

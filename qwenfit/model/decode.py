@@ -1,0 +1,94 @@
+"""A decoding step on a GPU: one new token for each sequence, in six kernels a layer, on buffers that stay in place.
+
+Nothing in it depends on the host, so a CUDA graph can record it once and replay it for every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from qwenfit.kernels.triton.decode_attention import NewTokens, decode_step_attention
+from qwenfit.kernels.triton.int_matvec import BlockedWeight
+from qwenfit.kernels.triton.product import product
+from qwenfit.kernels.triton.rotary_cache import rotary_angles
+from qwenfit.model.kv_cache import KVCache
+from qwenfit.model.linear import Linear
+from qwenfit.model.rotary import inverse_frequencies
+from qwenfit.model.transformer import Block, Transformer
+
+
+class DecodeStep:
+    """The step of `batch` sequences. Fill the buffers, then `run`; rows with slot -1 and context 0 are padding."""
+
+    def __init__(self, model: Transformer, cache: KVCache, batch: int, max_blocks: int, device: torch.device) -> None:
+        config = model.config
+        self.model, self.cache, self.device = model, cache, device
+        self.input_ids = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.slots = torch.full((batch,), -1, dtype=torch.int64, device=device)
+        self.context_lens = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.block_tables = torch.zeros(batch, max_blocks, dtype=torch.int32, device=device)
+        self._alphas = [1.0] * batch  # the NTK alpha that each row of `_inverse` stands for
+        self._inverse = self._frequencies(1.0).repeat(batch, 1)  # float32 [batch, head_dim / 2]
+        self._cos = torch.empty(batch, 1, config.head_dim, device=device)
+        self._sin = torch.empty(batch, 1, config.head_dim, device=device)
+        self._query_scale = torch.ones(batch, 1, 1, dtype=model.dtype, device=device)
+        self._training_length = config.training_length if config.use_logn_attn else None
+
+    def set_alphas(self, alphas: Sequence[float]) -> None:
+        """The NTK alpha of each request; the first rows."""
+        for row, alpha in enumerate(alphas):
+            if self._alphas[row] != alpha:
+                self._inverse[row].copy_(self._frequencies(alpha))
+                self._alphas[row] = alpha
+
+    def _frequencies(self, alpha: float) -> torch.Tensor:
+        config = self.model.config
+        return inverse_frequencies(config.head_dim, config.rope_theta, alpha, config.yarn).to(self.device)
+
+    @torch.inference_mode()
+    def run(self) -> torch.Tensor:
+        """float32 logits [batch, vocab_size]; keys and values of the new tokens enter the cache."""
+        model = self.model
+        angles = (self._cos, self._sin, self._query_scale)
+        x = model.embed_tokens.weight[self.input_ids]
+        rotary_angles(self.positions, self._inverse, model.rotary.scaling, self._training_length, model.dtype, angles)
+        for index, layer in enumerate(model.layers):
+            assert isinstance(layer, Block)
+            x = self._layer(index, layer, x)
+        head = model.embed_tokens.weight if model.lm_head is None else weight_of(model.lm_head)
+        logits = product(x, head, norm=model.norm.weight, eps=model.norm.eps, dtype=torch.float32)
+        return logits.float()
+
+    def _layer(self, index: int, layer: Block, x: torch.Tensor) -> torch.Tensor:
+        attention, mlp = layer.self_attn, layer.mlp
+        norms = None
+        if attention.q_norm is not None and attention.k_norm is not None:
+            norms = (attention.q_norm.weight, attention.k_norm.weight)
+        scale = None if self._training_length is None else self._query_scale
+        centre = attention.key_centre if self.cache.dtype == "int8" else None
+        new = NewTokens(self._cos, self._sin, scale, norms, attention.eps, self.slots, centre)
+        norm = layer.input_layernorm
+        qkv = product(x, weight_of(attention.qkv_proj), attention.qkv_proj.bias, None, norm.weight, norm.eps)
+        out = decode_step_attention(
+            qkv.unflatten(1, (-1, attention.head_dim)),
+            new,
+            self.cache.layers[index],
+            self.block_tables,
+            self.context_lens,
+            attention.head_dim**-0.5,
+        )
+        x = product(out, weight_of(attention.o_proj), residual=x)
+        norm = layer.post_attention_layernorm
+        inner = product(x, weight_of(mlp.gate_up_proj), norm=norm.weight, eps=norm.eps, gated=True)
+        return product(inner, weight_of(mlp.down_proj), residual=x)
+
+
+def weight_of(linear: Linear) -> torch.Tensor | BlockedWeight:
+    """The weight in the form that `product` takes."""
+    if linear.weight is not None:
+        return linear.weight
+    assert isinstance(linear.packed, BlockedWeight)
+    return linear.packed
