@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from qwenfit import __version__
-from qwenfit.errors import QwenfitError, UsageError
+from qwenfit.errors import EXTRA_OF, QwenfitError, UsageError, missing_extra
 
 SETTINGS = {
     "help_option_names": ["-h", "--help"],
@@ -54,6 +54,12 @@ def main(arguments: list[str] | None = None) -> None:
         context = getattr(error, "ctx", None)
         hint = f"{context.command_path} --help" if context is not None else "qwenfit --help"
         _fail(error.format_message(), hint, 2)
+    except ModuleNotFoundError as error:  # an extra that is not installed; anything else is a bug and shows itself
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRA_OF:
+            raise
+        missing = missing_extra(package, EXTRA_OF[package])
+        _fail(missing.message, missing.hint, missing.exit_code)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
     except BrokenPipeError:  # `qwenfit plan | head`
@@ -92,6 +98,7 @@ def _print_json(value: Any) -> None:
 @click.option("--batch", "--users", "batch", type=int, help="requests at once  [1]")
 @click.option("--shared-prefix", type=int, help="tokens that all prompts begin with  [0]")
 @click.option("--kv-cache", help="bf16, fp16, fp32 or int8  [bf16]")
+@click.option("--head-precision", help="int8 or int4: quantize the head too (qwenfit)")
 @click.option("--flash-attention/--no-flash-attention", default=None)
 @click.option("--seq-len", type=int, help="tokens of a padded training sample  [1024]")
 @click.option("--micro-batch", type=int, help="samples per micro-batch  [1]")

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import click
 
+from qwenfit.errors import UsageError
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -21,10 +23,9 @@ def run_options(command: Command) -> Command:
             click.option("--precision", help="bf16, fp16, fp32, int8 or int4; default: the checkpoint's own"),
             click.option("--head-precision", type=click.Choice(["int8", "int4"]), help="quantize the head too"),
             click.option("--kv-cache", help="bf16, fp16, fp32 or int8"),
-            click.option("-c", "--context", type=int, help="tokens of prompt + answer  [4096 or the model's]"),
+            click.option("-c", "--context", type=int, help="tokens of prompt + answer  [4096, or fewer]"),
             click.option("--device", help="cpu or cuda; default: the GPU with the most free memory, else the CPU"),
             click.option("--threads", type=int, help="CPU threads  [all that may be used]"),
-            click.option("--random-weights", is_flag=True, help="measure without a download"),
             click.option("--force", is_flag=True, help="load although the plan says it does not fit"),
         )
     ):
@@ -38,16 +39,17 @@ def make_options(batch: int = 1, **given: Any) -> Any:
 
     threads = given.pop("threads")
     if given["device"] != "cuda":
-        from qwenfit.kernels.threads import configure_threads
+        from qwenfit.kernels.threads import available_processors, configure_threads
 
+        most = len(available_processors())
+        if threads is not None and not 1 <= threads <= most:
+            raise UsageError(f"threads lies between 1 and {most}, the processors here; {threads} does not.")
         configure_threads(threads)
     return RunOptions(batch=batch, **given)
 
 
 def sampling_from(items: tuple[str, ...]) -> dict[str, Any]:
     """`--set NAME=VALUE` options as SamplingParams fields; values are JSON, or text."""
-    from qwenfit.errors import UsageError
-
     found: dict[str, Any] = {}
     for item in items:
         name, equals, value = item.partition("=")
@@ -76,11 +78,14 @@ def chat(prompt: str | None, system: str | None, settings: tuple[str, ...], stat
     from qwenfit.run import chat as verb
     from qwenfit.run.planned import load_planned, stderr_progress
 
-    llm, made = load_planned(make_options(**given), stderr_progress("loading"))
     talk = verb.Conversation(system=system, sampling=sampling_from(settings))
-    verb.check_sampling(llm, talk)
     if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read().strip()
+        prompt = sys.stdin.read()
+    if prompt is not None and not prompt.strip():
+        raise UsageError("The prompt is empty.", 'qwenfit chat MODEL -p "..."')
+    options = make_options(**given)
+    verb.check_sampling(talk.sampling)
+    llm, made = load_planned(options, stderr_progress("loading"))
     if prompt is None:
         verb.converse(llm, made, talk, verb.terminal_reader(), verb.write_now)
         return 0
@@ -101,14 +106,15 @@ def generate(source: Path, target: Path, batch: int, settings: tuple[str, ...], 
     from dataclasses import replace
 
     from qwenfit.run import generate as verb
-    from qwenfit.run.chat import Conversation, check_sampling
+    from qwenfit.run.chat import check_sampling
     from qwenfit.run.planned import load_planned, stderr_progress
 
     verb.read_jobs(source)  # a bad line is named before the weights are read
-    llm, _ = load_planned(make_options(batch, **given), stderr_progress("loading"))
-    talk = Conversation(sampling=sampling_from(settings))
-    check_sampling(llm, talk)
-    base = replace(llm.default_params, **talk.sampling)
+    sampling = sampling_from(settings)
+    options = make_options(batch, **given)
+    check_sampling(sampling)
+    llm, _ = load_planned(options, stderr_progress("loading"))
+    base = replace(llm.default_params, **sampling)
     with verb.progress_bar() as progress:
         now, before = verb.generate_file(llm, source, target, base, progress)
     click.echo(f"{now} answered, {before} were there before: {target}", err=True)
@@ -166,10 +172,13 @@ def ls_(as_json: bool) -> None:
 @click.option("-y", "--yes", is_flag=True, help="do not ask")
 def rm(model: str, yes: bool) -> None:
     """Delete a model from the cache."""
-    from qwenfit.run.models import remove
+    from qwenfit.run.models import find_cached, remove
 
+    found = find_cached(model)
     if not yes:
-        click.confirm(f"Delete {model} from the cache?", abort=True)
+        if not sys.stdin.isatty():
+            raise UsageError("rm asks before it deletes, and there is no terminal to ask on.", f"qwenfit rm {model} -y")
+        click.confirm(f"Delete {found.id}, {found.nbytes / 1e9:.2f} GB, from the cache?", abort=True)
     click.echo(f"{remove(model) / 1e9:.2f} GB freed")
 
 
@@ -184,32 +193,35 @@ def convert(source: str, target: Path) -> None:
     from qwenfit.checkpoint.convert import convert as run
     from qwenfit.run.planned import stderr_progress
 
-    click.echo(run(source, target, progress=stderr_progress("converting")))
+    click.echo(run(source, target, progress=stderr_progress("converting")).text)
 
 
 @click.command()
-@click.argument("kind", type=click.Choice(["decode", "prefill", "demo"]))
+@click.argument("kind", type=click.Choice(["decode", "prefill", "perplexity", "demo"]))
 @click.argument("model", required=False)
 @click.option("--precision")
 @click.option("--head-precision", type=click.Choice(["int8", "int4"]))
 @click.option("--kv-cache")
 @click.option("--device")
 @click.option("--threads", type=int)
-@click.option("--real-weights", is_flag=True, help="load MODEL's weights; default: random ones of its shape")
+@click.option("--random-weights/--real-weights", default=True, help="of MODEL's shape, or its own  [random]")
 @click.option("--prompt", type=int, help="tokens of each prompt")
 @click.option("--generate", type=int, help="tokens of each answer")
 @click.option("--batch", type=int, default=1)
 @click.option("--repeat", type=int, default=3)
+@click.option("--text", type=click.Path(path_type=Path), help="perplexity: of this file, with MODEL's weights")
+@click.option("--tokens", type=int, default=4096, help="perplexity: of so many tokens  [4096]")
 @click.option("--tolerance", type=float, help="exit 6 when a planned figure is off by more than this share")
 @click.option("--record", type=click.Path(path_type=Path), default=Path("measurements"), help="folder of the record")
 @click.option("--no-record", is_flag=True)
 @click.option("--json", "as_json", is_flag=True)
 def bench(kind: str, model: str | None, **given: Any) -> int:
-    """Plan and measure decoding or prompts of MODEL on this machine; `bench demo` picks the model.
+    """Plan and measure MODEL on this machine: decoding, prompts, or the perplexity of a text; `demo` picks the model.
 
     \b
     qwenfit bench decode Qwen-1.8B --precision int4
     qwenfit bench prefill Qwen2.5-0.5B --prompt 512
+    qwenfit bench perplexity ./model.gguf --precision int8 --text FILE
     """
     from qwenfit.bench.verb import run_bench
 

@@ -56,6 +56,19 @@ def nearest(word: str, known: list[str], count: int = 3) -> list[str]:
     return [lowered[m] for m in difflib.get_close_matches(word.lower(), lowered, n=count, cutoff=0.4)]
 
 
+# Packages that a verb may need beyond the base install, and the extra that brings each.
+EXTRA_OF = {
+    "torch": "run",
+    "safetensors": "run",
+    "tokenizers": "run",
+    "tiktoken": "run",
+    "jinja2": "run",
+    "gguf": "gguf",
+    "numpy": "gguf",
+    "huggingface_hub": "hub",
+}
+
+
 def missing_extra(package: str, extra: str) -> NotFound:
     """The one error for an optional package that is not installed."""
     return NotFound(f"This needs the package {package}, which is not installed.", f"pip install 'qwenfit[{extra}]'")

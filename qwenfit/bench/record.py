@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import sys
@@ -88,6 +90,18 @@ def versions() -> dict[str, str]:
     return found
 
 
+def check_folder(folder: Path) -> None:
+    """Raise NotFound, before anything is measured, when no record can be written to `folder`."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        code = errno.EACCES if there.is_dir() else errno.ENOTDIR
+        raise _unwritable(folder, OSError(code, os.strerror(code)))
+
+
+def _unwritable(folder: Path, error: OSError) -> NotFound:
+    return NotFound(f"A record cannot be written to {folder}: {error.strerror}.", "--record FOLDER, or --no-record")
+
+
 def write_record(record: Record, folder: Path) -> Path:
     """Write the record as KIND-DEVICE-MODEL-PRECISION-DATE.json; NotFound when the folder cannot be written."""
     words = (record.kind, record.device, record.model, record.precision, record.date[:19])
@@ -97,7 +111,7 @@ def write_record(record: Record, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
-        raise NotFound(f"The record cannot be written to {folder}: {error.strerror}.", "--record FOLDER") from error
+        raise _unwritable(folder, error) from error
     return path
 
 

@@ -47,9 +47,9 @@ def bench(kind: str, options: RunOptions, sizes: Sizes, measure_bandwidth: bool 
     _generate(llm, sizes.prompt, WARM_UP_TOKENS if kind == "decode" else 1, 1, seed=0)
     runs = [_generate(llm, sizes.prompt, sizes.generate, sizes.batch, seed=1 + i) for i in range(sizes.repeat)]
     facts: dict[str, Any] = {"prompt": sizes.prompt, "generate": sizes.generate, "batch": sizes.batch}
-    facts |= {"repeat": sizes.repeat, "load_seconds": load_seconds, "bytes_before_load": before} | _kernels(llm)
+    facts |= {"repeat": sizes.repeat, "load_seconds": load_seconds, "bytes_before_load": before} | engine_facts(llm)
     figures = _decode_figures(made, runs, sizes) if kind == "decode" else _prefill_figures(made, runs, sizes)
-    return make_record(kind, made, figures + _memory_figures(llm, made), facts)
+    return make_record(kind, made, figures + memory_figures(llm, made), facts)
 
 
 def process_bytes_before(options: RunOptions) -> int:
@@ -106,13 +106,16 @@ def _generate(llm: LLM, prompt: int, generate: int, batch: int, seed: int) -> Ru
 def _decode_figures(made: Plan, runs: list[Run], sizes: Sizes) -> list[Figure]:
     from qwenfit.planning.inference_memory import kv_bytes_per_token
     from qwenfit.planning.stack import get_stack
-    from qwenfit.planning.weights import weight_bytes
+    from qwenfit.planning.weights import weight_bytes, with_head
 
     measured = statistics.median(run.decode for run in runs)
     stack = get_stack(made.stack)
-    weights = weight_bytes(made.model, made.precision, made.stack).read_per_token(made.model.tie_word_embeddings)
-    kv_cache = getattr(made.task, "kv_cache", "bf16")
-    kv = sizes.batch * (sizes.prompt + sizes.generate / 2) * kv_bytes_per_token(made.model, kv_cache, stack)
+    assert isinstance(made.task, Inference)
+    weights = with_head(
+        made.model, weight_bytes(made.model, made.precision, made.stack), made.task.head_precision
+    ).read_per_token
+    per_token = kv_bytes_per_token(made.model, made.task.kv_cache, stack)
+    kv = sizes.batch * (sizes.prompt + sizes.generate / 2) * per_token
     per_second = (weights + kv) * measured
     device = made.hardware.device
     figures = [
@@ -139,7 +142,8 @@ def _prefill_figures(made: Plan, runs: list[Run], sizes: Sizes) -> list[Figure]:
     ]
 
 
-def _memory_figures(llm: LLM, made: Plan) -> list[Figure]:
+def memory_figures(llm: LLM, made: Plan) -> list[Figure]:
+    """Each part of the memory, planned beside measured, and what no part accounts for."""
     memory = measure_memory(llm)
     planned = made.memory
     figures = [
@@ -154,7 +158,8 @@ def _memory_figures(llm: LLM, made: Plan) -> list[Figure]:
     return figures
 
 
-def _kernels(llm: LLM) -> dict[str, Any]:
+def engine_facts(llm: LLM) -> dict[str, Any]:
+    """Device, threads and the type of the activations, for the record."""
     import torch
 
     return {

@@ -92,7 +92,7 @@ class Attention(nn.Module):
         q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
         if angles.query_scale is not None:
             q = q * angles.query_scale
-        if False and context.centred and self.key_centre is not None:
+        if context.centred and self.key_centre is not None:
             k = k - self.key_centre
         out: torch.Tensor = self.o_proj(context.attend(self.layer, q, k, v))
         return out

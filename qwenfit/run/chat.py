@@ -68,25 +68,28 @@ def converse(llm: LLM, made: Plan, talk: Conversation, read: Callable[[str], str
     while True:
         try:
             text = _read_message(read)
+            if not text.strip():
+                continue
+            if not text.startswith("/"):
+                talk.messages.append({"role": "user", "content": text})
+                _say(llm, talk, write)
+            elif not command(text, llm, made, talk, write):
+                return
         except EOFError:
             write("\n")
             return
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # wherever it strikes: only /bye and the end of the input leave
             write("\n(/bye or Ctrl-D leaves)\n")
-            continue
-        if not text.strip():
-            continue
-        try:
-            if text.startswith("/"):
-                if not command(text, llm, made, talk, write):
-                    return
-                continue
-            talk.messages.append({"role": "user", "content": text})
-            _say(llm, talk, write)
+            _drop_unanswered(talk)
         except QwenfitError as error:
             write(f"error: {error.message}" + (f" ({error.hint})" if error.hint else "") + "\n")
-            if talk.messages and talk.messages[-1]["role"] == "user":
-                talk.messages.pop()  # it was not answered: the next question stands alone
+            _drop_unanswered(talk)
+
+
+def _drop_unanswered(talk: Conversation) -> None:
+    """The next question stands alone."""
+    if talk.messages and talk.messages[-1]["role"] == "user":
+        talk.messages.pop()
 
 
 def _say(llm: LLM, talk: Conversation, write: Write) -> None:
@@ -136,23 +139,15 @@ def command(text: str, llm: LLM, made: Plan, talk: Conversation, write: Write) -
 
 
 def _set(rest: str, llm: LLM, talk: Conversation) -> str:
-    params = replace(llm.default_params, **talk.sampling)
-    names = [f.name for f in fields(params)]
     if not rest:
-        return "\n".join(f"{name} = {getattr(params, name)!r}" for name in names)
+        params = replace(llm.default_params, **talk.sampling)
+        return "\n".join(f"{f.name} = {getattr(params, f.name)!r}" for f in fields(params))
     name, _, value = rest.partition(" ")
-    if name not in names:
-        raise UsageError(
-            f"There is no sampling parameter {name!r}.", f"Did you mean {', '.join(nearest(name, names))}?"
-        )
     try:
         parsed = json.loads(value)
-    except json.JSONDecodeError:
+    except ValueError:
         parsed = value
-    try:
-        replace(params, **{name: parsed})  # checks the value
-    except TypeError as error:
-        raise UsageError(f"{name} cannot be {value!r}.") from error
+    check_sampling({**talk.sampling, name: parsed})
     talk.sampling[name] = parsed
     return f"{name} = {parsed!r}"
 
@@ -214,6 +209,10 @@ def load(talk: Conversation, name: str) -> str:
     system, sampling = content.get("system"), content.get("sampling") or {}
     if not isinstance(system, str | None) or not isinstance(sampling, dict):
         raise BadFile(f"{name} is not a saved conversation.")
+    try:
+        check_sampling(sampling)
+    except UsageError as error:
+        raise BadFile(f"{name} is not a saved conversation: {error.message}") from error
     talk.system, talk.messages, talk.sampling = system, messages, sampling
     return f"loaded {len(messages)} messages from {name}"
 
@@ -226,16 +225,16 @@ def _is_message(value: Any) -> bool:
     )
 
 
-def check_sampling(llm: LLM, talk: Conversation) -> None:
+def check_sampling(sampling: dict[str, Any]) -> None:
     """Raise UsageError for a sampling parameter that does not exist or a value out of its range."""
-    names = [f.name for f in fields(llm.default_params)]
-    for name in talk.sampling:
+    from qwenfit.engine.params import SamplingParams
+
+    names = [f.name for f in fields(SamplingParams)]
+    for name in sampling:
         if name not in names:
-            raise UsageError(f"There is no sampling parameter {name!r}.", f"Known: {', '.join(names)}.")
-    try:
-        replace(llm.default_params, **talk.sampling)
-    except TypeError as error:
-        raise UsageError(f"A sampling parameter has a value of the wrong kind: {error}.") from error
+            near = nearest(name, names) or names
+            raise UsageError(f"There is no sampling parameter {name!r}.", f"Did you mean {', '.join(near)}?")
+    SamplingParams(**sampling)
 
 
 def one_shot(llm: LLM, talk: Conversation, prompt: str, write: Write) -> bool:

@@ -7,17 +7,18 @@ import shutil
 from dataclasses import dataclass
 
 from qwenfit.bench.record import versions
+from qwenfit.errors import EXTRA_OF
 from qwenfit.hardware import Device, capability_notes
 
-EXTRAS = (
-    ("torch", "run", "running a model"),
-    ("safetensors", "run", "reading weights"),
-    ("tokenizers", "run", "tokenizer.json and GGUF vocabularies"),
-    ("tiktoken", "run", "Qwen-1's vocabulary"),
-    ("jinja2", "run", "chat templates of later models"),
-    ("gguf", "gguf", "GGUF weights"),
-    ("huggingface_hub", "hub", "downloading models"),
-)
+USES = {
+    "torch": "running a model",
+    "safetensors": "reading weights",
+    "tokenizers": "tokenizer.json and GGUF vocabularies",
+    "tiktoken": "Qwen-1's vocabulary",
+    "jinja2": "chat templates of later models",
+    "gguf": "GGUF weights",
+    "huggingface_hub": "downloading models",
+}
 # Kernel choices shown: (kind of weight, rows of activations, what that is).
 CASES = (
     ("bf16", 1, "decode"),
@@ -43,9 +44,10 @@ def examine() -> list[Check]:
     """Everything that decides how a model runs here."""
     checks = [Check("versions", "ok", ", ".join(f"{k} {v}" for k, v in versions().items()))]
     checks += [check for device in _devices() for check in _device_checks(device)]
-    for package, extra, what in EXTRAS:
+    for package, what in USES.items():
         if importlib.util.find_spec(package) is None:
-            checks.append(Check("package", "missing", f"{package}: {what}", f"pip install 'qwenfit[{extra}]'"))
+            fix = f"pip install 'qwenfit[{EXTRA_OF[package]}]'"
+            checks.append(Check("package", "missing", f"{package}: {what}", fix))
     if importlib.util.find_spec("torch") is not None:
         checks += _torch_checks()
     return checks

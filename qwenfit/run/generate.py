@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from qwenfit.errors import BadFile, NotFound, QwenfitError, UsageError
+from qwenfit.errors import BadFile, DoesNotFit, NotFound, QwenfitError, UsageError
 
 if TYPE_CHECKING:
     from qwenfit.engine.llm import LLM
@@ -52,7 +52,7 @@ def read_jobs(path: Path) -> list[Job]:
     except UnicodeDecodeError as error:
         raise BadFile(f"{path} is not UTF-8 text.") from error
     except OSError as error:
-        raise NotFound(f"{path} cannot be read: {error.strerror}.") from error
+        raise NotFound(f"{path} cannot be read: {error.strerror}.", "--input FILE, one JSON object a line") from error
     if not jobs:
         raise BadFile(f"{path} has no prompts.", 'One JSON object a line: {"prompt": "..."}')
     return jobs
@@ -145,13 +145,18 @@ def generate_file(
 
 def _encode(llm: LLM, job: Job) -> list[int]:
     if llm.tokenizer is None:
-        raise UsageError("Texts need a tokenizer, and random weights come without one.")
+        raise UsageError("Texts need a tokenizer, and this model was loaded without one.")
     if "prompt" in job.request:
         ids: list[int] = llm.tokenizer.encode(job.request["prompt"])
     else:
         ids = llm.tokenizer.apply_chat_template(job.request["messages"])
     if not ids:
         raise BadFile(f"line {job.line}: the prompt is empty.")
+    if len(ids) >= llm.max_model_len:
+        raise DoesNotFit(
+            f"line {job.line}: the prompt has {len(ids)} tokens; with an answer at most {llm.max_model_len} fit.",
+            f"--context {len(ids) + 512}",
+        )
     return ids
 
 

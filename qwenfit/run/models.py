@@ -6,7 +6,7 @@ are read and changed through their own libraries only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qwenfit.catalog import dense_model_names, find_model, get_model
@@ -51,7 +51,8 @@ def repository(name: str) -> str:
         return name
     if find_model(name) is None:
         near = nearest(name, dense_model_names())
-        raise NotFound(f"There is no model {name!r}.", f"Did you mean {', '.join(near)}? Or OWNER/NAME of the Hub.")
+        ways = [f"Did you mean {', '.join(near)}?"] if near else []
+        raise NotFound(f"There is no model {name!r}.", " ".join([*ways, "Models of others are named OWNER/NAME."]))
     return "Qwen/" + name.replace("Qwen-1.8B", "Qwen-1_8B")
 
 
@@ -107,15 +108,24 @@ def cached_models() -> list[CachedModel]:
     return sorted(found, key=lambda model: -model.nbytes)
 
 
+def find_cached(name: str) -> CachedModel:
+    """The model of that name in the cache. Raises NotFound, with the nearest names."""
+    models = cached_models()
+    wanted = {name} if "/" in name or find_model(name) is None else {repository(name)}
+    found = [model for model in models if model.id in wanted]
+    if not found:
+        near = nearest(name, [model.id for model in models])
+        raise NotFound(f"{name} is not in the cache.", f"Did you mean {', '.join(near)}?" if near else "qwenfit ls")
+    return found[0]
+
+
 def remove(name: str) -> int:
     """Delete a model from the cache; returns the bytes freed. Raises NotFound when it is not there."""
+    wanted = find_cached(name).id
     info = _scan()
-    wanted = {name, name if "/" in name else f"Qwen/{name}"}
-    hashes = [rev.commit_hash for repo in info.repos if repo.repo_id in wanted for rev in repo.revisions]
-    if not hashes:
-        near = nearest(name, [repo.repo_id for repo in info.repos])
-        raise NotFound(f"{name} is not in the cache.", f"Did you mean {', '.join(near)}?" if near else "qwenfit ls")
-    strategy = info.delete_revisions(*hashes)
+    repos = frozenset(r for r in info.repos if (r.repo_type, r.repo_id) == ("model", wanted))
+    alone = replace(info, repos=repos)  # a mirror of another name may hold the same commits
+    strategy = alone.delete_revisions(*(rev.commit_hash for repo in repos for rev in repo.revisions))
     strategy.execute()
     return int(strategy.expected_freed_size)
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qwenfit.errors import DoesNotFit, UsageError, missing_extra
+from qwenfit.errors import DoesNotFit, UsageError
 from qwenfit.hardware import Device
 from qwenfit.planning.planner import plan, this_device
 from qwenfit.planning.render import size
-from qwenfit.planning.task import Inference
+from qwenfit.planning.task import Inference, check_count
 from qwenfit.planning.types import Plan
 
 if TYPE_CHECKING:
@@ -58,13 +58,15 @@ def plan_run(options: RunOptions) -> Plan:
     from qwenfit.planning.planner import resolve
 
     config = resolve(options.model)
-    context = options.context or min(config.context_length, DEFAULT_CONTEXT)
+    context = min(config.context_length, DEFAULT_CONTEXT) if options.context is None else options.context
+    check_count("context", context, least=2)
     generate = max(1, min(2048, context // 2))
     made = plan(
         config if options.model == config.name else options.model,
         gpu=run_device(options.device),
         precision=options.precision,
         kv_cache=options.kv_cache or default_cache(options.precision),
+        head_precision=options.head_precision,
         prompt=context - generate,
         generate=generate,
         batch=options.batch,
@@ -99,10 +101,6 @@ def _what_would(made: Plan) -> str:
 def load_planned(options: RunOptions, progress: Callable[[int, int], None] | None = None) -> tuple[LLM, Plan]:
     """Plan, check, load. The engine's cache is what the plan says: `batch` requests of `context` tokens."""
     made = plan_run(options)
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise missing_extra("torch", "run") from error
     from qwenfit.engine.llm import LLM
 
     task = made.task

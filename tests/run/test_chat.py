@@ -109,7 +109,17 @@ def test_a_conversation_survives_saving_and_loading(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{}", '{"messages": 3}', '{"messages": [{"role": 1, "content": "x"}]}', "[" * 100_000, '{"messages": [], "system": 4}'],
+    [
+        "",
+        "[]",
+        "{}",
+        '{"messages": 3}',
+        '{"messages": [{"role": 1, "content": "x"}]}',
+        "[" * 100_000,
+        '{"messages": [], "system": 4}',
+        '{"messages": [], "sampling": {"temperature": "hot"}}',
+        '{"messages": [], "sampling": {"heat": 1}}',
+    ],
 )
 def test_a_foreign_file_is_refused_and_the_conversation_kept(tmp_path: Path, content: str) -> None:
     file = tmp_path / "bad.json"
@@ -133,13 +143,13 @@ def test_saving_and_loading_name_what_is_wrong(tmp_path: Path) -> None:
 def test_one_shot_and_its_sampling() -> None:
     llm, written = FakeLLM(), []
     talk = Conversation(sampling={"temperature": 0})
-    check_sampling(llm, talk)
+    check_sampling(talk.sampling)
     assert one_shot(llm, talk, "only this", written.append)
     assert "".join(written) == "ONLY THIS \n"
     with pytest.raises(UsageError, match="no sampling parameter"):
-        check_sampling(llm, Conversation(sampling={"temp": 1}))
+        check_sampling({"temp": 1})
     with pytest.raises(UsageError):
-        check_sampling(llm, Conversation(sampling={"temperature": "hot"}))
+        check_sampling({"temperature": "hot"})
 
 
 def test_saved_conversations_are_json(tmp_path: Path) -> None:

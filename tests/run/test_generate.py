@@ -17,7 +17,9 @@ from fake_llm import FakeLLM
 
 
 def write(path: Path, *rows: object) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -26,7 +28,9 @@ def rows_of(path: Path) -> dict[object, dict[str, object]]:
 
 
 def test_each_line_is_answered_under_its_id(tmp_path: Path) -> None:
-    source = write(tmp_path / "in.jsonl", {"prompt": "a b"}, "", {"id": "x", "messages": [{"role": "user", "content": "hi"}]})
+    source = write(
+        tmp_path / "in.jsonl", {"prompt": "a b"}, "", {"id": "x", "messages": [{"role": "user", "content": "hi"}]}
+    )
     target = tmp_path / "out" / "answers.jsonl"
     assert generate_file(FakeLLM(), source, target, SamplingParams()) == (2, 0)
     rows = rows_of(target)

@@ -15,9 +15,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     import huggingface_hub
 
     folder = tmp_path / "hub"
-    monkeypatch.setattr(
-        "huggingface_hub.scan_cache_dir", lambda real=huggingface_hub.scan_cache_dir: real(folder)
-    )
+    monkeypatch.setattr("huggingface_hub.scan_cache_dir", lambda real=huggingface_hub.scan_cache_dir: real(folder))
     return folder
 
 
