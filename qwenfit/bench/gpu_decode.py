@@ -1,0 +1,265 @@
+"""Decode whole models of random weights on this GPU: `python -m qwenfit.bench.gpu_decode --out FOLDER`.
+
+A run decodes 2,048 tokens from a 1-token prompt (or some tokens at a longer context) by replaying a CUDA graph of the
+step. The limit is the card's measured read rate over the bytes that a token must read: all weights but the embedding
+table, and the mean cache. The step's logits are compared with the plain network in float32, on the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import nn
+
+from qwenfit.bench.gpu_kernels import random_blocked
+from qwenfit.checkpoint.resolve import resolve_model
+from qwenfit.config import ModelConfig
+from qwenfit.kernels.triton.greedy import advance, greedy
+from qwenfit.kernels.triton.int_matvec import unpack_blocked
+from qwenfit.kernels.triton.launch import device_limits
+from qwenfit.model.decode import DecodeStep
+from qwenfit.model.kv_cache import KVCache, kv_bytes_per_token
+from qwenfit.model.linear import Linear
+from qwenfit.model.transformer import Transformer
+
+RUNS = [  # model, precision of the layers, KV cache, tokens in the cache at the start, tokens to decode, sequences
+    ("Qwen-7B", "bf16", "bf16", 0, 2048, 1),
+    ("Qwen-7B", "int8", "bf16", 0, 2048, 1),
+    ("Qwen-7B", "int4", "bf16", 0, 2048, 1),
+    ("Qwen-1.8B", "bf16", "bf16", 0, 2048, 1),
+    ("Qwen-1.8B", "int4", "bf16", 0, 2048, 1),
+    ("Qwen-7B", "int4", "bf16", 8064, 128, 1),
+    ("Qwen-7B", "int4", "int8", 8064, 128, 1),
+    ("Qwen-14B", "bf16", "bf16", 0, 512, 1),
+    ("Qwen-14B", "int4", "bf16", 0, 512, 1),
+    ("Qwen-72B", "int4", "bf16", 0, 512, 1),
+    ("Qwen-7B", "bf16", "bf16", 960, 64, 64),
+    ("Qwen-7B", "bf16", "int8", 960, 64, 128),
+]
+LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+BLOCK_SIZE = 16
+
+
+def random_model(config: ModelConfig, precision: str) -> Transformer:
+    """Random weights made on the GPU, with a standard deviation of 1 / sqrt(inputs)."""
+    model = Transformer(config, torch.bfloat16, "meta")
+    for name, parameter in list(model.named_parameters()):
+        module, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(module)
+        if precision != "bf16" and module.endswith(LINEARS) and leaf == "weight":
+            out, inputs = parameter.shape
+            packed = random_blocked(int(precision[3:]), inputs, out)
+            model.set_submodule(module, Linear(None, owner.bias, packed))  # type: ignore[arg-type]
+            continue
+        owner = model.get_submodule(module)
+        values = torch.randn(parameter.shape, dtype=torch.bfloat16, device="cuda")
+        values = values * parameter.shape[1] ** -0.5 if values.dim() == 2 else values.mul_(0.02)
+        values = values.add_(1) if "norm" in name else values
+        setattr(owner, leaf, nn.Parameter(values, requires_grad=False))
+    return model.eval()
+
+
+def read_bytes(model: Transformer) -> int:
+    """Weights that one token reads: all but the embedding table."""
+    total = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith("embed_tokens"))
+    return total + sum(
+        module.packed.nbytes for module in model.modules() if isinstance(module, Linear) and module.packed
+    )
+
+
+def start(model: Transformer, kv: str, context: int, tokens: int, batch: int) -> DecodeStep:
+    """A step whose sequences have `context` random tokens in the cache; blocks are shuffled."""
+    width = -(-(context + tokens + 1) // BLOCK_SIZE)
+    cache = KVCache(model.config, width * batch, BLOCK_SIZE, kv, "cuda")
+    if context:
+        for layer in cache.layers:
+            for stored, affine in ((layer.key, layer.key_affine), (layer.value, layer.value_affine)):
+                if affine is None:
+                    stored.normal_()
+                else:
+                    stored.random_(0, 256)
+                    affine[..., 0].fill_(4 / 255)
+                    affine[..., 1].fill_(127.5)
+    step = DecodeStep(model, cache, batch, width, torch.device("cuda"))
+    step.block_tables.copy_(torch.randperm(width * batch, device="cuda").view(batch, width))
+    step.input_ids.copy_(torch.arange(batch) + 1)
+    step.positions.fill_(context)
+    step.context_lens.fill_(context + 1)
+    block = step.block_tables[:, context // BLOCK_SIZE].long()
+    step.slots.copy_(block * BLOCK_SIZE + context % BLOCK_SIZE)
+    return step
+
+
+def record_graph(step: DecodeStep) -> torch.cuda.CUDAGraph:
+    """A graph of: the step, greedy choice, and moving on to the next token. Leaves `step` as it was."""
+    state = [t.clone() for t in (step.input_ids, step.positions, step.slots, step.context_lens)]
+
+    def once() -> None:
+        tokens = greedy(step.run(), step.model.config.vocab_size)
+        advance(
+            tokens, step.input_ids, step.positions, step.slots, step.context_lens, step.block_tables, BLOCK_SIZE
+        )  # fmt: skip
+
+    once()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        once()
+    for tensor, value in zip((step.input_ids, step.positions, step.slots, step.context_lens), state, strict=True):
+        tensor.copy_(value)
+    return graph
+
+
+def run(name: str, precision: str, kv: str, context: int, tokens: int, batch: int, read_rate: float) -> dict[str, Any]:
+    torch.cuda.empty_cache()
+    used_before = used_bytes()
+    torch.cuda.reset_peak_memory_stats()
+    model = random_model(resolve_model(name), precision)
+    step = start(model, kv, context, tokens, batch)
+    weights = read_bytes(model) + model.embed_tokens.weight.nbytes
+    graph = record_graph(step)
+    graph.replay()
+    torch.cuda.synchronize()
+    step.context_lens.fill_(context + 1)
+    step.positions.fill_(context)
+    torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    for _ in range(tokens):
+        graph.replay()
+    torch.cuda.synchronize()
+    seconds = (time.perf_counter() - began) / tokens
+    kv_bytes = int(kv_bytes_per_token(model.config, kv) * (context + tokens / 2) * batch)
+    limit = read_rate / (read_bytes(model) + kv_bytes)
+    return {
+        "model": name,
+        "precision": precision,
+        "kv_cache": kv,
+        "context": context,
+        "tokens": tokens,
+        "batch": batch,
+        "tokens_per_s": batch / seconds,
+        "ms_per_step": seconds * 1e3,
+        "limit_tokens_per_s": batch * limit,
+        "share": 1 / seconds / limit,
+        "weight_bytes": weights,
+        "cache_bytes": step.cache.nbytes,
+        "allocated": torch.cuda.max_memory_allocated(),
+        "reserved": torch.cuda.max_memory_reserved(),
+        "process": used_bytes() - used_before,
+        "kernels_us": profile(graph),
+    }
+
+
+def used_bytes() -> int:
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def profile(graph: torch.cuda.CUDAGraph) -> dict[str, list[float]]:
+    """Kernel name -> [launches, microseconds in all] of one replay. Overlapping kernels count twice."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    with torch_profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        graph.replay()
+        torch.cuda.synchronize()
+    totals: dict[str, list[float]] = {}
+    for event in profiler.events():
+        if "memcpy" in event.name.lower() or event.device_time == 0:
+            continue
+        entry = totals.setdefault(event.name[:60], [0, 0.0])
+        entry[0] += 1
+        entry[1] += event.device_time
+    return totals
+
+
+def check(precision: str, kv: str, name: str = "Qwen-7B", length: int = 24) -> dict[str, Any]:
+    """Relative error of the step's logits against the plain network in float32, over `length` positions of 2 layers."""
+    config = replace(resolve_model(name), num_layers=2)
+    model = random_model(config, precision)
+    ids = torch.randint(0, config.vocab_size, (1, length), device="cuda")
+    step = start(model, kv, 0, length, 1)
+    rows = []
+    for position in range(length):
+        step.input_ids.copy_(ids[:, position])
+        rows.append(step.run().clone())
+        advance(
+            ids[:, position].contiguous(), step.input_ids, step.positions, step.slots, step.context_lens,
+            step.block_tables, BLOCK_SIZE,
+        )  # fmt: skip
+    plain = Transformer(config, torch.float32, "meta")
+    for name_, _parameter in list(plain.named_parameters()):
+        module, _, leaf = name_.rpartition(".")
+        owner = model.get_submodule(module)
+        packed = getattr(owner, "packed", None)
+        source = (
+            unpack_blocked(packed).dequantize() if packed is not None and leaf == "weight" else getattr(owner, leaf)
+        )
+        setattr(plain.get_submodule(module), leaf, nn.Parameter(source.float(), requires_grad=False))
+    with torch.inference_mode():
+        expected = plain.logits(plain.eval().forward_full(ids))[0]
+    got = torch.cat(rows)
+    error = float((got - expected).norm() / expected.norm())
+    same = float((got.argmax(-1) == expected.argmax(-1)).float().mean())
+    return {"model": name, "precision": precision, "kv_cache": kv, "relative_error": error, "same_greedy": same}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--runs", default="", help="indices of RUNS, comma-separated; default: all")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    limits = device_limits()
+    torch.cuda.empty_cache()
+    chosen = [int(i) for i in options.runs.split(",")] if options.runs else range(len(RUNS))
+    checks = []
+    for precision, kv, name in [
+        ("bf16", "bf16", "Qwen-7B"), ("int8", "bf16", "Qwen-7B"), ("int4", "bf16", "Qwen-7B"),
+        ("bf16", "int8", "Qwen-7B"), ("bf16", "bf16", "Qwen2.5-7B"), ("bf16", "int8", "Qwen2.5-7B"),
+        ("int4", "bf16", "Qwen3-8B"),
+    ]:  # fmt: skip
+        checks.append(check(precision, kv, name))
+        print(checks[-1], flush=True)
+    results = []
+    for i in chosen:
+        results.append(run(*RUNS[i], read_rate=limits["read"]))
+        print({k: v for k, v in results[-1].items() if k != "kernels_us"}, flush=True)
+    record = {
+        "kind": "gpu decode",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": "python -m qwenfit.bench.gpu_decode " + " ".join(sys.argv[1:]),
+        "hardware": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
+        "limits": limits,
+        "checks": checks,
+        "runs": results,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "gpu-decode.json").write_text(json.dumps(record, indent=1) + "\n")
+    for r in results:
+        print(
+            f"{r['model']:10} {r['precision']} kv {r['kv_cache']} {r['context']}+{r['tokens']} x{r['batch']:<3} "
+            f"{r['tokens_per_s']:8.1f} tokens/s {r['share']:5.1%} of {r['limit_tokens_per_s']:.0f}; "
+            f"{r['ms_per_step']:.3f} ms; GB: weights {r['weight_bytes'] / 1e9:.2f} cache {r['cache_bytes'] / 1e9:.2f} "
+            f"allocated {r['allocated'] / 1e9:.2f} reserved {r['reserved'] / 1e9:.2f} process {r['process'] / 1e9:.2f}"
+        )
+    for r in results[:3]:
+        print(
+            r["model"],
+            r["precision"],
+            dict(sorted(r["kernels_us"].items(), key=lambda entry: -entry[1][1])[:12]),
+        )
+
+
+if __name__ == "__main__":
+    main()
