@@ -7,8 +7,8 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 .PHONY: demo test lint fresh docs real clean
 
 demo: $(VENV)/.run
-	$(BIN)/qwenfit plan --task inference
-	$(BIN)/qwenfit demo
+	$(BIN)/qwenfit plan
+	$(BIN)/qwenfit bench demo
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)

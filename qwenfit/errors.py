@@ -66,6 +66,8 @@ EXTRA_OF = {
     "gguf": "gguf",
     "numpy": "gguf",
     "huggingface_hub": "hub",
+    "yaml": "tune",
+    "pyarrow": "tune",
 }
 
 
