@@ -33,9 +33,11 @@ class LayerCache:
     @cached_property
     def native(self) -> block.Cache | None:
         """The same for the C kernels; None where they do not serve it."""
-        if self.per_chunk or self.key.device.type != "cpu" or self.key.dtype not in block.CACHE_DTYPES:
-            return None
         _, block_size, kv_heads, head_dim = self.key.shape
+        if self.per_chunk or head_dim > block.MAX_HEAD_DIM:
+            return None
+        if self.key.device.type != "cpu" or self.key.dtype not in block.CACHE_DTYPES:
+            return None
         return block.Cache(
             self.key.data_ptr(),
             self.value.data_ptr(),

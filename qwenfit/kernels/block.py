@@ -8,12 +8,14 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qwenfit.kernels import native
 
 CACHE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+MAX_HEAD_DIM = 256  # of attention, as block.c says
 
 _SOURCE = Path(__file__).with_name("block.c")
 
@@ -140,7 +142,7 @@ def _library() -> ctypes.CDLL:
     library = native.load(_SOURCE)
     assert isinstance(library, ctypes.CDLL), library
     number, long, pointer, cache = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.POINTER(Cache)
-    signatures = {
+    signatures: dict[str, list[Any]] = {
         "rms_norm": [pointer, pointer, pointer, long, long, ctypes.c_float, number, number],
         "silu_mul": [pointer, pointer, long, long, number, number],
         "rotate": [pointer, long, pointer, pointer, pointer, long, long, long, number, number],

@@ -65,12 +65,20 @@ def test_in_a_mix_as_alone(config: ModelConfig, seed: int, count: int) -> None:
     seed=st.integers(0, 2**20),
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 4),
-    head_dim=st.sampled_from([4, 16, 24, 64]),
+    head_dim=st.sampled_from([4, 16, 24, 64, 128]),
     quantized=st.booleans(),
+    native=st.booleans(),
 )
-def test_attention_equals_its_definition(seed: int, kv_heads: int, group: int, head_dim: int, quantized: bool) -> None:
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
+def test_attention_equals_its_definition(
+    seed: int, kv_heads: int, group: int, head_dim: int, quantized: bool, native: bool
+) -> None:
+    """Both ways of the CPU: the C kernels serve where no gradient is wanted, PyTorch everywhere."""
+    with torch.inference_mode(native):
+        check_attention(random.Random(seed), kv_heads, group, head_dim, quantized)
+
+
+def check_attention(rng: random.Random, kv_heads: int, group: int, head_dim: int, quantized: bool) -> None:
+    torch.manual_seed(rng.randrange(2**20))
     block_size, num_blocks = rng.choice([1, 4, 16]), 64
     cache = filled_cache(num_blocks, block_size, kv_heads, head_dim, quantized)
     context_lens = [rng.randint(1, 3 * block_size) for _ in range(rng.randint(1, 4))]
