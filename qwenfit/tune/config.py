@@ -61,6 +61,7 @@ class TuneConfig:
     optimizer: str = "fp32"  # float32 master weights; bf16: least memory; 8bit: moments in 8 bits
     moments: str = "bf16"  # of AdamW; fp32: 4 bytes more per trained parameter
 
+    zero: int | None = None  # over several processes: 2 or 3 shards, 0 copies; None: full 3, adapters 2, qlora 0
     keep: str = "inputs"  # for the backward pass: inputs, attention or all; more memory, less time
     offload: bool = False  # what is kept waits in host memory (CUDA)
 
@@ -91,6 +92,8 @@ class TuneConfig:
             check_count(name, getattr(self, name), least=0)
         if self.max_steps is not None:
             check_count("max_steps", self.max_steps)
+        if self.zero not in (None, 0, 2, 3):
+            raise UsageError(f"zero must be 0, 2 or 3, not {self.zero!r}.")
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:

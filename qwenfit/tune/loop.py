@@ -16,7 +16,6 @@ from qwenfit.model.transformer import Transformer
 from qwenfit.tune.adapters import head_weight, token_rows
 from qwenfit.tune.batch import IGNORE, BatchSource, TrainBatch, targets_of
 from qwenfit.tune.config import TuneConfig
-from qwenfit.tune.forward import batch_loss
 from qwenfit.tune.optimizer import AdamW, learning_rate_factor
 from qwenfit.tune.state import State
 from qwenfit.tune.world import World
@@ -86,7 +85,7 @@ def train(
         if config.patience and state.stale >= config.patience:
             hooks.save(state)
             return NO_PROGRESS
-        stopping = hooks.should_stop()
+        stopping = hooks.world.total(hooks.should_stop()) > 0  # all stop together, whoever was asked to
         if stopping or improved or state.step == total or state.step % config.save_every == 0:
             hooks.save(state)
         if stopping and state.step < total:
@@ -97,8 +96,20 @@ def train(
 def next_batches(source: BatchSource, config: TuneConfig, state: State, world: World) -> list[TrainBatch]:
     """This process's micro-batches of one step; epochs follow each other without a gap."""
     last = math.inf if config.max_steps is not None else round(config.epochs * len(source), 6)
-    positions = [state.position + i * world.size + world.rank for i in range(config.grad_accum)]
-    return [source.batch(*divmod(p, len(source))) for p in positions if p < last]
+    firsts = [state.position + i * world.size for i in range(config.grad_accum)]
+    return [_own(source, p, world, last) for p in firsts if p < last]
+
+
+def _own(source: BatchSource, first: int, world: World, last: float) -> TrainBatch:
+    """This process's micro-batch of those that begin at position `first`; blank where there are none left for it.
+
+    All processes take the same number, since a shard's owner must be there when the others gather it.
+    """
+    own = first + world.rank
+    if own < last:
+        return source.batch(*divmod(own, len(source)))
+    batch = source.batch(*divmod(first, len(source)))
+    return replace(batch, labels=torch.full_like(batch.labels, IGNORE), sources=[])
 
 
 def train_step(
@@ -107,14 +118,15 @@ def train_step(
     """One optimizer step; (loss, tokens, gradient norm), and the sources of the samples that spoilt it, if any."""
     tokens = int(world.total(sum(trained_tokens(batch) for batch in batches)))
     losses: list[Tensor] = []
-    for batch in batches:
-        loss = batch_loss(
+    for number, batch in enumerate(batches, 1):
+        loss = world.loss(
             model,
             batch,
             max(tokens, 1),
+            last=number == len(batches),
             keep=config.keep,
             offload=config.offload,
-            head_sink=_head_sink(model, optimizer),
+            head_sink=None if world.sharded else _head_sink(model, optimizer),
         )
         loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
         losses.append(loss.detach())
@@ -172,9 +184,9 @@ def evaluate(model: Transformer, source: BatchSource, world: World) -> float:
     """Mean cross entropy per trained token over the whole source, without dropout."""
     model.eval()
     loss, tokens = 0.0, 0
-    for index in range(world.rank, len(source), world.size):
-        batch = source.batch(0, index)
-        loss += float(batch_loss(model, batch, 1.0, keep="all"))
+    for first in range(0, len(source), world.size):
+        batch = _own(source, first, world, len(source))
+        loss += float(world.loss(model, batch, 1.0, keep="all"))
         tokens += trained_tokens(batch)
     model.train()
     return world.total(loss) / max(1.0, world.total(tokens))

@@ -104,7 +104,7 @@ class AdamW:
     """`accumulate` gradients with backward passes, then `step`, then `zero`. Matrices decay; vectors do not.
 
     Gradients of 16-bit parameters add up in float32 under "fp32": a hook moves each into its buffer as soon as the
-    backward pass has made it.
+    backward pass has made it. Of sharded parameters each process updates, and keeps the states of, its own part.
     """
 
     def __init__(
@@ -119,22 +119,23 @@ class AdamW:
         seed: int = 0,
     ) -> None:
         self.parameters, self.regime, self.moments = parameters, regime, moments
+        self.values = {name: local(p.detach()) for name, p in parameters.items()}
         self.betas, self.eps, self.weight_decay, self.seed = betas, eps, weight_decay, seed
         self.steps = 0
         self.buffers: dict[str, Tensor] = {}
         if regime == "fp32":
             for name, p in parameters.items():
                 if p.dtype != torch.float32:
-                    self.buffers[name] = torch.zeros_like(p, dtype=torch.float32)
+                    self.buffers[name] = torch.zeros_like(self.values[name], dtype=torch.float32)
                     p.register_post_accumulate_grad_hook(_adder(self.buffers[name]))  # type: ignore[no-untyped-call]
-        self.groups = [self._group(slices, decay) for slices, decay in _slices(parameters)]
+        self.groups = [self._group(slices, decay) for slices, decay in _slices(self.values)]
 
     def _group(self, slices: list[Slice], decay: bool) -> _Group:
-        first = self.parameters[slices[0].name]
+        first = self.values[slices[0].name]
         elements = sum(s.stop - s.start for s in slices)
         master = None
         if self.regime != "bf16" and first.dtype != torch.float32:
-            master = self._gather(slices, lambda name: self.parameters[name].detach()).float()
+            master = self._gather(slices, self.values.__getitem__).float()
         if self.regime == "8bit":
             moments = (Moment8(elements, True, first.device), Moment8(elements, False, first.device))
             return _Group(slices, decay, master, moments)
@@ -148,12 +149,12 @@ class AdamW:
         """The accumulated gradient of a parameter; zeros when nothing reached it."""
         if name in self.buffers:
             return self.buffers[name]
-        p = self.parameters[name]
-        return torch.zeros_like(p) if p.grad is None else p.grad
+        grad = self.parameters[name].grad
+        return torch.zeros_like(self.values[name]) if grad is None else local(grad)
 
     def gradient_norm(self) -> Tensor:
         """The 2-norm over all gradients: float32 scalar, NaN or infinite if any gradient is."""
-        norms = [torch.linalg.vector_norm(self.gradient(name), dtype=torch.float32) for name in self.parameters]
+        norms = [torch.linalg.vector_norm(self.gradient(name), dtype=torch.float32) for name in self.values]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return norm
 
@@ -169,7 +170,7 @@ class AdamW:
         grad = self._gather(group.slices, self.gradient).float() * gradient_scale
         weight = group.master
         if weight is None:
-            weight = self._gather(group.slices, lambda name: self.parameters[name].detach()).float()
+            weight = self._gather(group.slices, self.values.__getitem__).float()
         first, second = (moment.load() for moment in group.moments)
         first.lerp_(grad, 1 - beta1)
         second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -180,7 +181,7 @@ class AdamW:
             weight.mul_(1 - lr * self.weight_decay)
         denominator = second.div_(1 - beta2**self.steps).sqrt_().add_(self.eps)
         weight.addcdiv_(first, denominator, value=-lr / (1 - beta1**self.steps))
-        if self.regime == "bf16" and self.parameters[group.slices[0].name].dtype == torch.bfloat16:
+        if self.regime == "bf16" and self.values[group.slices[0].name].dtype == torch.bfloat16:
             weight = round_stochastically(weight, generator)
         self._scatter(group.slices, weight)
 
@@ -191,7 +192,7 @@ class AdamW:
     def _scatter(self, slices: list[Slice], values: Tensor) -> None:
         parts = torch.split(values, [s.stop - s.start for s in slices])
         for s, part in zip(slices, parts, strict=True):
-            self.parameters[s.name].view(-1)[s.start : s.stop].copy_(part)
+            self.values[s.name].view(-1)[s.start : s.stop].copy_(part)
 
     def zero(self) -> None:
         """Forget the gradients."""
@@ -230,13 +231,21 @@ class AdamW:
 def _adder(buffer: Tensor) -> Callable[[Tensor], None]:
     def add(parameter: Tensor) -> None:
         if parameter.grad is not None:
-            buffer.add_(parameter.grad)
+            buffer.add_(local(parameter.grad))
             parameter.grad = None
 
     return add
 
 
-def _slices(parameters: dict[str, nn.Parameter]) -> list[tuple[list[Slice], bool]]:
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor (torch's DTensor); any other tensor as it is."""
+    if hasattr(tensor, "to_local"):
+        part: Tensor = tensor.to_local()
+        return part
+    return tensor
+
+
+def _slices(parameters: dict[str, Tensor]) -> list[tuple[list[Slice], bool]]:
     """Groups of slices of equal dtype, device and decay, at most GROUP_ELEMENTS together, in a fixed order."""
     groups: list[tuple[list[Slice], bool]] = []
     room: dict[tuple[Any, ...], int] = {}

@@ -21,6 +21,7 @@ from qwenfit.tune.loop import NO_PROGRESS, STOPPED, Hooks, total_steps, train
 from qwenfit.tune.planned import is_out_of_memory, out_of_memory, plan_tune
 from qwenfit.tune.progress import Progress
 from qwenfit.tune.setup import Setup, prepare_folder, set_up, write_result
+from qwenfit.tune.world import World
 
 Say = Callable[[str], None]
 
@@ -35,9 +36,15 @@ class Data:
     new_tokens: tuple[int, ...] = ()
 
 
-def tune(config: TuneConfig, load_data: Callable[[TuneConfig, ModelConfig], Data], say: Say) -> int:
+def tune(
+    config: TuneConfig,
+    load_data: Callable[[TuneConfig, ModelConfig], Data],
+    say: Say,
+    world: World | None = None,
+) -> int:
     """Run a finetuning from settings to result; returns 0, or 143 or 130 after a signal, with everything saved.
 
+    world: the processes that train together; None: this one alone. Rank 0 does the talking and the writing.
     Raises what each part does: UsageError and DoesNotFit before weights are read, Diverged, DoesNotFit out of memory.
     """
     base = with_files(resolve(config.model), config.model)
@@ -46,14 +53,19 @@ def tune(config: TuneConfig, load_data: Callable[[TuneConfig, ModelConfig], Data
     made = plan_tune(config)
     if explained:
         say(explained)
-    found = prepare_folder(config, say)
+    if world is None:
+        world = World("cpu" if made.hardware.device.kind == "cpu" else "cuda")
+    world.configure(config)
+    if world.rank:
+        say = _silent
+    found = world.found(lambda: prepare_folder(config, say), Path(config.output) / "checkpoints")
     say(_planned_text(made))
-    device = "cpu" if made.hardware.device.kind == "cpu" else "cuda"
     with StopSignals() as stop:
         step = [0]
         try:
-            loading = stderr_progress("loading")
-            setup = set_up(config, base, made.precision, device, list(data.new_tokens), found, loading)
+            loading = stderr_progress("loading") if world.rank == 0 else None
+            setup = set_up(config, base, made.precision, world, list(data.new_tokens), found, loading)
+            say(world.describe(setup.model))
             return _train(setup, data, made, stop, step, say)
         except Exception as error:
             if is_out_of_memory(error):
@@ -63,26 +75,35 @@ def tune(config: TuneConfig, load_data: Callable[[TuneConfig, ModelConfig], Data
 
 def _train(setup: Setup, data: Data, made: Plan, stop: StopSignals, step: list[int], say: Say) -> int:
     config, state = setup.config, setup.state
-    total = total_steps(config, len(data.source))
+    world = setup.world
+    total = total_steps(config, len(data.source), world.size)
     say(f"{total:,} steps of {config.grad_accum} micro-batches, {state.step:,} of them done.")
-    progress = Progress(config, made, str(setup.device), state.step)
+    progress = Progress(config, made, str(setup.device), state.step) if world.rank == 0 else None
 
     def report(row: dict[str, object]) -> None:
         step[0] = state.step
-        progress(row)
+        if progress is not None:
+            progress(row)
 
-    hooks = Hooks(report=report, save=setup.save, should_stop=lambda: stop.signal is not None)
+    hooks = Hooks(report=report, save=setup.save, should_stop=lambda: stop.signal is not None, world=world)
     try:
         how = train(setup.model, setup.optimizer, data.source, data.evaluation, config, state, hooks)
     finally:
-        progress.close()
+        if progress is not None:
+            progress.close()
     if how == STOPPED:
         say(f"Stopped after step {state.step}, which is saved. Go on: the same command with --resume.")
         return stop.exit_code
     if how == NO_PROGRESS:
         say(f"No better evaluation in {config.patience}: stopped after step {state.step}.")
-    say(finish(setup))
+    with world.whole(setup.model):
+        if world.rank == 0:
+            say(finish(setup))
     return 0
+
+
+def _silent(text: str) -> None:
+    """What processes other than rank 0 say."""
 
 
 def finish(setup: Setup) -> str:

@@ -23,6 +23,7 @@ from qwenfit.tune.model_folder import write_model_files
 from qwenfit.tune.optimizer import AdamW
 from qwenfit.tune.peft_format import read_adapter, restore, write_adapter
 from qwenfit.tune.state import State, random_states, read_state, restore_optimizer, set_random_states, write_state
+from qwenfit.tune.world import World
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -37,7 +38,11 @@ class Setup:
     optimizer: AdamW
     state: State
     precision: str
-    device: torch.device
+    world: World
+
+    @property
+    def device(self) -> torch.device:
+        return self.world.device
 
     @property
     def checkpoints(self) -> Path:
@@ -46,19 +51,23 @@ class Setup:
     def save(self, state: State) -> None:
         """A checkpoint that `--resume` continues from; for adapters it is an adapter folder too."""
 
+        optimizer = self.world.optimizer_states(self.optimizer)
+        generators = self.world.gather(random_states(self.device))
+
         def write(folder: Path) -> None:
             write_result(folder, self)
-            write_state(folder, state, self.optimizer, self.config, random_states(self.device))
+            write_state(folder, state, optimizer, self.config, generators)
 
-        versions = {"torch": str(torch.__version__)}
-        checkpoint.save(
-            self.checkpoints,
-            state.step,
-            write,
-            keep_last=self.config.keep_last,
-            protect=state.best_step,
-            versions=versions,
-        )
+        with self.world.whole(self.model):
+            if self.world.rank == 0:
+                checkpoint.save(
+                    self.checkpoints,
+                    state.step,
+                    write,
+                    keep_last=self.config.keep_last,
+                    protect=state.best_step,
+                    versions={"torch": str(torch.__version__)},
+                )
 
 
 def prepare_folder(config: TuneConfig, say: Callable[[str], None]) -> Path | None:
@@ -94,7 +103,7 @@ def set_up(
     config: TuneConfig,
     base: ModelConfig,
     precision: str,
-    device: str,
+    world: World,
     new_tokens: list[int],
     found: Path | None,
     progress: Callable[[int, int], None] | None = None,
@@ -102,9 +111,11 @@ def set_up(
     """Load the network, freeze or adapt it, make the optimizer, and take over checkpoint `found`."""
     seed(config.seed)
     # Settings are compared before weights are read.
-    state, table = read_state(found, config) if found is not None else (State(), {})
+    state, table = read_state(found, config, world.size) if found is not None else (State(), {})
     source = found if found is not None and config.method == "full" else base
-    model, _ = load_model(source, precision=precision, device=device, progress=progress)
+    # What is sharded goes to the GPU a block at a time: it need not fit there whole.
+    first_to = torch.device("cpu") if world.sharded else world.device
+    model, _ = load_model(source, precision=precision, device=first_to, progress=progress)
     lora = lora_of(config)
     trained = torch.bfloat16 if config.optimizer == "bf16" and precision != "fp32" else torch.float32
     if config.method == "full":
@@ -119,6 +130,7 @@ def set_up(
             train_rows(model, new_tokens, trained)
         if found is not None:
             restore(model, read_adapter(found, base))
+    world.prepare(model)
     optimizer = AdamW(
         trained_parameters(model),
         config.optimizer,
@@ -129,9 +141,11 @@ def set_up(
         seed=config.seed,
     )
     if found is not None:
-        restore_optimizer(found, table, optimizer)
-        set_random_states(table["random"], torch.device(device))
-    setup = Setup(config, model, base, optimizer, state, precision, torch.device(device))
+        restore_optimizer(found, table, optimizer, world.rank)
+        set_random_states(table["random"][world.rank], world.device)
+    elif world.rank:  # dropout differs between processes; what was drawn above did not
+        seed(config.seed + 1_000_003 * world.rank)
+    setup = Setup(config, model, base, optimizer, state, precision, world)
     _check_room(setup)
     return setup
 
@@ -151,7 +165,8 @@ def _check_room(setup: Setup) -> None:
     each = sum(p.nbytes for p in setup.optimizer.parameters.values())
     if setup.config.method == "full":
         each = sum(p.nbytes for p in setup.model.parameters())
-    each += sum(t.nbytes for t in setup.optimizer.state()[0].values())
+    parts = setup.world.size if setup.world.sharded else 1
+    each += parts * sum(t.nbytes for t in setup.optimizer.state()[0].values())
     present = len(checkpoint.checkpoints(setup.checkpoints))
     needed = each * max(1, setup.config.keep_last + 1 - present)
     free = shutil.disk_usage(setup.config.output).free

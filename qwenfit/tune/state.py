@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from qwenfit.checkpoint.bounded import read_json_object
@@ -35,10 +36,17 @@ class State:
 
 
 def write_state(
-    folder: Path, state: State, optimizer: AdamW, config: TuneConfig, random_states: dict[str, Any]
+    folder: Path,
+    state: State,
+    optimizer: tuple[dict[str, Tensor], list[dict[str, Any]]],
+    config: TuneConfig,
+    random_states: list[dict[str, Any]],
 ) -> None:
-    """state.json and optimizer.safetensors into an existing folder."""
-    tensors, described = optimizer.state()
+    """state.json and optimizer.safetensors into an existing folder; optimizer as `World.optimizer_states` gives it.
+
+    random_states: of every process.
+    """
+    tensors, described = optimizer
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / OPTIMIZER_NAME)
     table = {
         "state": asdict(state),
@@ -49,8 +57,11 @@ def write_state(
     (folder / STATE_NAME).write_text(json.dumps(table) + "\n")
 
 
-def read_state(folder: Path, config: TuneConfig) -> tuple[State, dict[str, Any]]:
-    """(where the run stood, the whole table). Raises UsageError when the run had other settings, BadFile."""
+def read_state(folder: Path, config: TuneConfig, size: int = 1) -> tuple[State, dict[str, Any]]:
+    """(where the run of `size` processes stood, the whole table).
+
+    Raises UsageError when the run had other settings or another number of processes, BadFile.
+    """
     table = read_json_object(folder / STATE_NAME, limit=1 << 26, max_values=10**7)
     settings, mine = table.get("settings"), config.fingerprint()
     if not isinstance(settings, dict):
@@ -62,14 +73,24 @@ def read_state(folder: Path, config: TuneConfig) -> tuple[State, dict[str, Any]]
                 "Resume with the settings it had, or start anew in another --output.",
             )
     try:
+        if len(table["random"]) != size:
+            raise UsageError(
+                f"The run in {folder.parent} was one of {len(table['random'])} processes, and now there are {size}.",
+                f"torchrun --nproc-per-node {len(table['random'])} -m qwenfit tune ... --resume",
+            )
         return State(**table["state"]), table
     except (KeyError, TypeError) as error:
         raise BadFile(f"{folder / STATE_NAME} is no state of a run.") from error
 
 
-def restore_optimizer(folder: Path, table: dict[str, Any], optimizer: AdamW) -> None:
+def restore_optimizer(folder: Path, table: dict[str, Any], optimizer: AdamW, rank: int = 0) -> None:
+    """Take over the state of process `rank`, or of all processes when they are copies."""
     try:
-        optimizer.restore(load_file(folder / OPTIMIZER_NAME), table["optimizer"])
+        rank = min(rank, len(table["optimizer"]) - 1)
+        with safe_open(folder / OPTIMIZER_NAME, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(f"{rank}.")]  # noqa: SIM118
+            tensors = {name.partition(".")[2]: file.get_tensor(name) for name in names}
+        optimizer.restore(tensors, table["optimizer"][rank])
     except (KeyError, ValueError) as error:
         raise BadFile(f"{folder / OPTIMIZER_NAME} cannot be used: {error}.") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -115,3 +116,23 @@ def whole(batch: TrainBatch) -> dict[str, torch.Tensor]:
     """A batch as transformers takes it."""
     mask = torch.ones_like(batch.input_ids)
     return {"input_ids": batch.input_ids, "attention_mask": mask, "labels": batch.labels}
+
+
+def tune_tiny(config: TuneConfig, say=lambda text: None, data=None, evaluation=None) -> int:
+    """`tune` on random samples; `data` replaces them."""
+    from qwenfit.tune.run import Data, tune
+
+    def load(config: TuneConfig, base: object) -> Data:
+        made = source(micro_batch=config.micro_batch, seq_len=config.seq_len, seed=1)
+        return Data(data or made, evaluation)
+
+    return tune(config, load, say)
+
+
+def result_of(output: Path) -> dict[str, bytes]:
+    """The bytes of everything a run ends with, its last checkpoint's state included."""
+    last = max((output / "checkpoints").iterdir())
+    files = [*last.glob("*.safetensors"), *(output / "adapter").glob("*.safetensors")]
+    return {str(path.relative_to(output)): path.read_bytes() for path in files} | {
+        "state": str(json.loads((last / "state.json").read_text())["random"]).encode()
+    }
