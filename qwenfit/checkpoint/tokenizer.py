@@ -84,6 +84,13 @@ class Tokenizer:
             ids += [self.special_tokens[piece]] if i % 2 else texts[piece]
         return ids
 
+    @cached_property
+    def textless_ids(self) -> tuple[int, ...]:
+        """Ids below `vocab_size` that a vocabulary with gaps leaves without a text; nothing may draw them."""
+        if self._vocabulary.num_texts == self.vocab_size:
+            return ()
+        return tuple(i for i in range(self.vocab_size) if self._vocabulary.token_bytes(i) is None)
+
     def special_id(self, text: str) -> int:
         """The id of a special token; BadFile when the vocabulary lacks it."""
         try:

@@ -42,7 +42,7 @@ def read_tiktoken(path: Path) -> Vocabulary:
     def token_bytes(token_id: int) -> bytes | None:
         return texts[token_id] if 0 <= token_id < len(texts) else None
 
-    return Vocabulary(encode, token_bytes, len(texts), added, normalize=nfc)
+    return Vocabulary(encode, token_bytes, len(texts), len(texts), added, normalize=nfc)
 
 
 def _cut_whitespace(text: str) -> list[str]:

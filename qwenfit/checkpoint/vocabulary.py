@@ -32,6 +32,7 @@ class Vocabulary:
     encode: Callable[[str], list[int]]
     token_bytes: Callable[[int], bytes | None]  # None: the id has no text
     size: int  # one above the last id with a text; higher embedding rows are padding
+    num_texts: int  # ids that have a text; below `size` when there are gaps
     added: tuple[AddedToken, ...]
     normalize: Callable[[str], str]  # applied to the whole text before added tokens are looked for
 
@@ -73,7 +74,8 @@ def byte_level_bpe(
         return None if text is None else bytes([alphabet[c] for c in text])
 
     size = 1 + max(max(by_id), max(added_bytes, default=0))
-    return Vocabulary(encode, token_bytes, size, added, normalize=unchanged)
+    num_texts = len(by_id.keys() | added_bytes.keys())
+    return Vocabulary(encode, token_bytes, size, num_texts, added, normalize=unchanged)
 
 
 def _check_tokens(tokens: dict[str, int], added: tuple[AddedToken, ...], where: str) -> None:

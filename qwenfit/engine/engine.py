@@ -73,7 +73,8 @@ class Engine:
             max_model_len=self.max_model_len,
             device=device,
         )
-        self.sampler = Sampler(self.vocab_size, max_num_seqs, self.max_model_len, device)
+        banned = () if tokenizer is None else tokenizer.textless_ids
+        self.sampler = Sampler(self.vocab_size, max_num_seqs, self.max_model_len, device, banned)
         self._ended: list[Delta] = []  # last deltas that the next step hands out
         self._next_id = 0
         self._num_deadlines = 0

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenfit.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from qwenfit.checkpoint.vocabulary import AddedToken, byte_level_alphabet, byte_level_bpe
 from qwenfit.errors import BadFile, QwenfitError
 
 PIECES = st.sampled_from([*TEXTS, *CONTROL, *SHOWN, "<|im_", "start|>", " ", "\n", "\u0338", "é"])
@@ -184,3 +185,17 @@ def test_any_damage_is_refused_or_harmless(
     except QwenfitError:
         return
     assert tokenizer.decode(tokenizer.encode("abc 中")) == "abc 中"
+
+
+def test_ids_in_a_gap_have_no_text(small: Tokenizer) -> None:
+    alphabet = byte_level_alphabet()
+    vocabulary = byte_level_bpe(alphabet, [], [AddedToken("<|end|>", 259, True)], "a file with a gap")
+    assert Tokenizer(vocabulary, [259]).textless_ids == (256, 257, 258)
+    assert small.textless_ids == tuple(i for i in range(small.vocab_size) if not _has_text(small, i))
+
+
+def _has_text(tokenizer: Tokenizer, token_id: int) -> bool:
+    try:
+        return bool(tokenizer.decode([token_id], skip_special=False))
+    except QwenfitError:
+        return False

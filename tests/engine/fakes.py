@@ -113,6 +113,7 @@ class FakeDetokenizer:
 class FakeTokenizer:
     vocab_size = WORDS
     eos_ids = (EOS,)
+    textless_ids = ()
 
     def __init__(self) -> None:
         self.words = [chr(97 + i % 3) + "xyz"[i % 2 :][: i % 4] for i in range(WORDS)]

@@ -246,6 +246,13 @@ def test_end_of_sequence_and_stop_tokens():
     assert len(late) == 5 and EOS not in late[:4] and late[4] == EOS
 
 
+def test_ids_without_a_text_are_never_drawn():
+    free = tokens_of(answer(fake_engine(), [1, 2], greedy(20)))
+    tokenizer = FakeTokenizer()
+    tokenizer.textless_ids = tuple(free[:5])
+    assert not set(tokens_of(answer(fake_engine(tokenizer=tokenizer), [1, 2], greedy(20)))) & set(free[:5])
+
+
 def test_stop_strings_end_the_text_before_them():
     words = FakeTokenizer().words
     engine = fake_engine()
