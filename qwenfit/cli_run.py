@@ -229,11 +229,22 @@ def bench(kind: str, model: str | None, **given: Any) -> int:
 
 
 @click.command()
+@click.argument("model", required=False)
+@click.option("--network", "links", is_flag=True, help="measure the link between the processes of a torchrun")
 @click.option("--json", "as_json", is_flag=True)
-def doctor(as_json: bool) -> int:
-    """Versions, devices, which kernels run here and why, and what is missing."""
+def doctor(model: str | None, links: bool, as_json: bool) -> int:
+    """Versions, devices, which kernels run here and why, and what is missing.
+
+    With --network: bandwidth between processes, and whether ZeRO-3 of MODEL [Qwen-7B] over it makes sense.
+    """
     from dataclasses import asdict
 
+    if links:
+        from qwenfit.run.network import network
+
+        return network(model, as_json, click.echo)
+    if model is not None:
+        raise UsageError("doctor asks for a model only with --network.", f"qwenfit doctor {model} --network")
     from qwenfit.run.doctor import examine, report
 
     checks = examine()

@@ -10,6 +10,8 @@ from qwenfit.planning.stack import get_stack
 from qwenfit.planning.task import Finetune, Inference
 from qwenfit.planning.types import Plan
 
+STAGES = {"data": "0", "zero2": "2", "zero3": "3"}  # Plan.parallel of a finetuning on several GPUs -> --zero
+
 
 def command_for(plan: Plan) -> str:
     """What to type: qwenfit's own verbs, or the other stack's command with the same sizes."""
@@ -92,6 +94,10 @@ def _tune(plan: Plan, task: Finetune) -> str:
         parts += ["--lora-rank", str(task.lora_rank)]
     if task.optimizer != "fp32":
         parts += ["--optimizer", task.optimizer]
-    if plan.parallel in ("zero2", "zero3"):
-        parts += ["--zero", plan.parallel[-1]]
+    if not task.checkpointing:
+        parts += ["--keep", "all"]
+    if task.method == "qlora" and plan.model.quantization is None and plan.precision != "int4":
+        parts += ["--precision", plan.precision]
+    if plan.parallel in STAGES:
+        parts += ["--zero", STAGES[plan.parallel]]
     return " ".join(parts)

@@ -8,6 +8,7 @@ part alone of weights, gradients and optimizer states between steps.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -28,8 +29,9 @@ from qwenfit.tune.batch import TrainBatch
 from qwenfit.tune.config import TuneConfig
 from qwenfit.tune.forward import batch_loss
 from qwenfit.tune.optimizer import AdamW, local
+from qwenfit.tune.processes import processes
 from qwenfit.tune.watch import Watch
-from qwenfit.tune.world import World, processes
+from qwenfit.tune.world import World
 
 TIMEOUT = timedelta(minutes=30)  # of a collective: rank 0 may be writing a large checkpoint meanwhile
 BUCKET_ELEMENTS = 1 << 24  # gradients that are summed in one all-reduce
@@ -91,7 +93,15 @@ def _join(kind: str) -> Group:
     backend = "gloo" if device == "cpu" else "nccl"
     index = None if device == "cpu" else torch.device(device)
     dist.init_process_group(backend, timeout=TIMEOUT, device_id=index)
-    return Group(device, Watch(dist.get_rank(), dist.get_world_size()))
+    watch = Watch(dist.get_rank(), dist.get_world_size())
+
+    def terminated(*_: Any) -> None:
+        """torchrun sends SIGTERM when another process has died: there is time to say which."""
+        watch.blame()
+        os._exit(143)
+
+    signal.signal(signal.SIGTERM, terminated)  # while training, StopSignals takes it
+    return Group(device, watch)
 
 
 def _told(group: Group, work: Callable[[World], int]) -> int:

@@ -17,6 +17,7 @@ from qwenfit.planning.task import Finetune
 from qwenfit.planning.types import Memory, Plan
 from qwenfit.run.planned import run_device
 from qwenfit.tune.config import TuneConfig
+from qwenfit.tune.processes import processes
 
 # The source files whose frames an out-of-memory error came through, innermost meaning, and the plan's term for each.
 _TERMS = (("optimizer.py", "optimizer"), ("loss.py", "logits"), ("forward.py", "activations"), ("load.py", "weights"))
@@ -28,6 +29,9 @@ def plan_tune(config: TuneConfig) -> Plan:
     method = config.method or "lora"
     _check_method(model, method, config)
     wide = config.precision == "fp32"
+    device = run_device(config.device)
+    # Processes on CPUs are planned one by one, as if each had a copy: they share what the host has.
+    local, total = (1, 1) if device.kind == "cpu" else processes()
     made = plan(
         model if config.model == model.name else config.model,
         Finetune(
@@ -38,8 +42,11 @@ def plan_tune(config: TuneConfig) -> Plan:
             lora_rank=config.lora_rank,
             optimizer=config.optimizer,
             checkpointing=config.keep != "all",
+            zero=config.zero,
         ),
-        gpu=run_device(config.device),
+        gpu=device,
+        gpus=local,
+        nodes=-(-total // local),
         precision=None if wide else config.precision,
         advise=False,
     )

@@ -11,7 +11,7 @@ from qwenfit.checkpoint.load import with_files
 from qwenfit.config import ModelConfig
 from qwenfit.planning.planner import resolve
 from qwenfit.planning.types import Plan
-from qwenfit.run.planned import stderr_progress
+from qwenfit.run.planned import run_device, stderr_progress
 from qwenfit.tune import checkpoint
 from qwenfit.tune.base_model import choose_method
 from qwenfit.tune.batch import BatchSource
@@ -19,6 +19,7 @@ from qwenfit.tune.config import TuneConfig
 from qwenfit.tune.interrupt import StopSignals
 from qwenfit.tune.loop import NO_PROGRESS, STOPPED, Hooks, total_steps, train
 from qwenfit.tune.planned import is_out_of_memory, out_of_memory, plan_tune
+from qwenfit.tune.processes import processes
 from qwenfit.tune.progress import Progress
 from qwenfit.tune.setup import Setup, prepare_folder, set_up, write_result
 from qwenfit.tune.world import World
@@ -34,6 +35,16 @@ class Data:
     evaluation: BatchSource | None = None
     chatml: bool = False
     new_tokens: tuple[int, ...] = ()
+
+
+def start(config: TuneConfig, load_data: Callable[[TuneConfig, ModelConfig], Data], say: Say) -> int:
+    """`tune`, as the verb runs it: in this process or, under torchrun, in all of them together."""
+    if processes()[1] == 1:
+        return tune(config, load_data, say)
+    from qwenfit.tune.distributed import together
+
+    kind = "cpu" if run_device(config.device).kind == "cpu" else "cuda"
+    return together(kind, lambda world: tune(config, load_data, say, world))
 
 
 def tune(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +15,6 @@ from qwenfit.tune.batch import TrainBatch
 from qwenfit.tune.config import TuneConfig
 from qwenfit.tune.forward import batch_loss
 from qwenfit.tune.optimizer import AdamW
-
-
-def processes() -> tuple[int, int]:
-    """(processes on this host, processes in all) as torchrun's environment says; (1, 1) without it."""
-    total = int(os.environ.get("WORLD_SIZE", "1"))
-    return int(os.environ.get("LOCAL_WORLD_SIZE", str(total))), total
 
 
 class World:

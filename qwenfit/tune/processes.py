@@ -1,0 +1,11 @@
+"""How many processes torchrun started. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+
+
+def processes() -> tuple[int, int]:
+    """(processes on this host, processes in all) as torchrun's environment says; (1, 1) without it."""
+    total = int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(total))), total
