@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ class DecodeGraphs:
 
     def __init__(self, model: Transformer, cache: KVCache, max_blocks: int, device: torch.device) -> None:
         self.model, self.cache, self.max_blocks, self.device = model, cache, max_blocks, device
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # torch's handle of the memory that all graphs share
         self._recorded: dict[int, tuple[DecodeStep, torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
     def fits(self, batch: int) -> bool:

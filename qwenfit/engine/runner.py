@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from itertools import chain
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from qwenfit.engine.request import Request
 from qwenfit.model.batch import Batch
-from qwenfit.model.kv_cache import KVCache
+from qwenfit.model.kv_cache import PARITY, KVCache
+
+if TYPE_CHECKING:
+    from qwenfit.engine.graphs import DecodeGraphs
 
 
 class Network(Protocol):
@@ -23,6 +26,21 @@ class Network(Protocol):
     def logits(self, hidden: Tensor, /) -> Tensor:
         """float32 [rows, vocab_size]."""
         ...
+
+
+def _decode_graphs(model: Network, cache: KVCache, max_blocks: int, device: torch.device) -> DecodeGraphs | None:
+    """CUDA graphs of the decoding step, where the model and the cache are ones that its kernels know."""
+    if device.type != "cuda" or cache.dtype == PARITY:
+        return None
+    from qwenfit.engine.graphs import DecodeGraphs
+    from qwenfit.model.transformer import Transformer
+
+    return DecodeGraphs(model, cache, max_blocks, device) if isinstance(model, Transformer) else None
+
+
+def _decodes(request: Request) -> bool:
+    """Whether the step computes the request's last token and nothing before it."""
+    return request.scheduled == 1 and request.computed + 1 == len(request.tokens)
 
 
 class Runner:
@@ -41,6 +59,7 @@ class Runner:
         self.cache = cache
         self.block_size = cache.block_size
         self.device = device
+        self._graphs = _decode_graphs(model, cache, -(-max_model_len // cache.block_size), device)
         self._tables = torch.zeros(max_num_seqs, -(-max_model_len // cache.block_size), dtype=torch.int32)
 
     @torch.inference_mode()
@@ -50,12 +69,25 @@ class Runner:
         Returns float32 logits with one row for each request that this brings to its last token, in order; None when
         there is none (only parts of prompts).
         """
+        if self._graphs is not None and self._graphs.fits(len(requests)) and all(map(_decodes, requests)):
+            return self._decode(self._graphs, requests)
         batch = self._batch(requests)
         hidden = self.model.forward(batch, self.cache)
         rows = len(batch.logits_indices)
         if rows == 0:
             return None
         return self.model.logits(hidden if rows == len(hidden) else hidden[batch.logits_indices])
+
+    def _decode(self, graphs: DecodeGraphs, requests: list[Request]) -> Tensor:
+        """The same for requests that bring one token each, as one replay of a CUDA graph."""
+        numbers = [
+            [request.tokens[-1] for request in requests],
+            [request.computed for request in requests],
+            [self._slots(request.blocks, request.computed, request.computed + 1)[0] for request in requests],
+            [request.computed + 1 for request in requests],
+        ]
+        tables = self._block_tables(requests).pin_memory()
+        return graphs.run(torch.tensor(numbers).pin_memory(), tables, [request.alpha for request in requests])
 
     def _batch(self, requests: list[Request]) -> Batch:
         ids: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from qwenfit.kernels import native
 
 KINDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+MATVEC_ROWS = 4  # on a GPU; above, the tensor cores win (measured on an H200)
 _ONEDNN_ROWS = 24  # from here on, unpacking to bf16 for oneDNN costs less than it saves
 
 
@@ -27,6 +29,10 @@ def choose_kernel(weight: str, dtype: torch.dtype, rows: int, device: str) -> Ke
     """
     if device != "cpu":
         if weight in ("int4", "int8"):
+            if device == "cuda" and not _triton_missing():
+                if rows <= MATVEC_ROWS:
+                    return KernelChoice("triton matvec", "few rows: codes are multiplied as integers, at memory speed")
+                return KernelChoice("triton matmul", "many rows: unpacked for the tensor cores")
             return KernelChoice("dequantize", f"no packed kernel for {device}: unpacked in pieces at each use")
         return KernelChoice("torch", "the vendor's library behind torch.nn.functional.linear")
     if weight in ("int4", "int8"):
@@ -61,6 +67,11 @@ def _choose_cpu_packed(weight: str, dtype: torch.dtype, rows: int) -> KernelChoi
     if weight == "int4" and dtype == torch.bfloat16:
         return KernelChoice("int4pack", f"torch's int4 kernel{missing}")
     return KernelChoice("dequantize", f"unpacked in pieces at each use, slow{missing}")
+
+
+@functools.cache
+def _triton_missing() -> bool:
+    return importlib.util.find_spec("triton") is None
 
 
 @functools.cache

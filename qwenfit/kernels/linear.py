@@ -6,6 +6,7 @@ The reference of each operation stands first; choice.py decides which fast path 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import linear as torch_linear
@@ -22,6 +23,9 @@ from qwenfit.kernels.packed import (
     unpacked_pieces,
 )
 from qwenfit.quantize.types import QuantizedWeight
+
+if TYPE_CHECKING:
+    from qwenfit.kernels.triton.int_matvec import BlockedWeight
 
 __all__ = [
     "KernelChoice",
@@ -92,8 +96,15 @@ def quantized_linear_reference(
     return linear_reference(x, quantized.dequantize(torch.float32), bias)
 
 
-def quantized_linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+def quantized_linear(
+    x: torch.Tensor, packed: PackedWeight | BlockedWeight, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """x [..., in] -> [..., out] of x's dtype; bias [out]. No gradients flow through it."""
+    if not isinstance(packed, PackedWeight):
+        from qwenfit.kernels.triton.product import product
+
+        rows = x.reshape(-1, packed.in_features).contiguous()
+        return product(rows, packed, bias).view(*x.shape[:-1], packed.out_features)
     # A decoding step comes here a hundred times: tensor calls that would change nothing are skipped.
     flat = x if x.dim() == 2 else x.reshape(-1, packed.in_features)
     if packed.perm is not None:

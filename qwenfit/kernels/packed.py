@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import pad
@@ -11,6 +12,9 @@ from torch.nn.functional import pad
 from qwenfit.kernels import native
 from qwenfit.kernels.choice import choose_kernel
 from qwenfit.quantize.types import QuantizedWeight
+
+if TYPE_CHECKING:
+    from qwenfit.kernels.triton.int_matvec import BlockedWeight
 
 _PIECE = 1 << 22  # weights handled at once where a wider copy is needed: 16 MiB of float32
 _INT4PACK_GROUPS = (256, 128, 64, 32)
@@ -36,10 +40,17 @@ class PackedWeight:
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def pack(quantized: QuantizedWeight, dtype: torch.dtype, device: torch.device | str = "cpu") -> PackedWeight:
+def pack(
+    quantized: QuantizedWeight, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> PackedWeight | BlockedWeight:
     """Lay a weight out for the kernels that `choose_kernel` takes for activations of `dtype` on `device`."""
     device = torch.device(device)
     kernel = choose_kernel(f"int{quantized.bits}", dtype, 1, device.type).name
+    if kernel == "triton matvec":
+        from qwenfit.kernels.triton.int_matvec import pack_blocked
+
+        if (blocked := pack_blocked(quantized, dtype, device)) is not None:
+            return blocked
     if kernel == "native gemv" and (group := _padded_group(quantized, 32 // quantized.bits)):
         packed = _pack_interleaved(quantized, group)
     elif kernel == "int4pack" and (group := _padded_group(quantized, 32)):
@@ -52,8 +63,13 @@ def pack(quantized: QuantizedWeight, dtype: torch.dtype, device: torch.device | 
     return packed
 
 
-def dequantize(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def dequantize(packed: PackedWeight | BlockedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The weight [out, in], its columns in the order of the input."""
+    if not isinstance(packed, PackedWeight):
+        from qwenfit.kernels.triton.int_matmul import dequantised
+
+        stored = dequantised(packed, dtype)
+        return stored if packed.perm is None else torch.empty_like(stored).index_copy_(1, packed.perm, stored)
     weight = torch.cat([piece.to(dtype) for _, piece in unpacked_pieces(packed, torch.float32)])
     if packed.perm is not None:
         weight = torch.empty_like(weight).index_copy_(1, packed.perm, weight)

@@ -39,6 +39,10 @@ class PagedContext:
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         cache = self.cache.layers[layer]
+        if q.device.type == "cuda" and not cache.per_chunk:
+            from qwenfit.kernels.triton.ragged import ragged_attention
+
+            return ragged_attention(q, k, v, cache, self.step, q.shape[-1] ** -0.5)
         write_kv(cache, k, v, self.step)
         return paged_attention(q, cache, self.step, q.shape[-1] ** -0.5)
 

@@ -73,7 +73,7 @@ class DecodeStep:
         norm = layer.input_layernorm
         qkv = product(x, weight_of(attention.qkv_proj), attention.qkv_proj.bias, None, norm.weight, norm.eps)
         out = decode_step_attention(
-            qkv.unflatten(1, (-1, attention.head_dim)),
+            qkv.view(len(x), -1, attention.head_dim),
             new,
             self.cache.layers[index],
             self.block_tables,

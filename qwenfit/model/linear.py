@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import nn
@@ -10,12 +10,15 @@ from torch import nn
 from qwenfit.kernels.linear import PackedWeight, linear, pack, quantized_linear
 from qwenfit.quantize.types import QuantizedWeight
 
+if TYPE_CHECKING:
+    from qwenfit.kernels.triton.int_matvec import BlockedWeight
+
 
 class Linear(nn.Module):
     """x [..., in] -> [..., out]. Exactly one of `weight` and `packed` is there."""
 
     def __init__(
-        self, weight: torch.Tensor | None, bias: torch.Tensor | None, packed: PackedWeight | None = None
+        self, weight: torch.Tensor | None, bias: torch.Tensor | None, packed: PackedWeight | BlockedWeight | None = None
     ) -> None:
         super().__init__()
         self.weight = None if weight is None else nn.Parameter(weight)

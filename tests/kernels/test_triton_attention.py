@@ -18,7 +18,7 @@ from qwenfit.kernels.triton.rotary_cache import rotary_angles, rotary_cache, rot
 from qwenfit.model.rotary import inverse_frequencies, logn_scale
 
 BLOCK_SIZE = 4
-TINY = {"tokens": 8, "warps": 1}
+TINY = {"tokens": 16, "warps": 1}
 
 
 def filled(kv_heads: int, head_dim: int, num_blocks: int, quantized: bool) -> LayerCache:

@@ -60,7 +60,7 @@ def quantised(model: Transformer, plain: bool) -> Transformer:
         for parent, name in ((layer.self_attn, "qkv_proj"), (layer.self_attn, "o_proj"),
                              (layer.mlp, "gate_up_proj"), (layer.mlp, "down_proj")):  # fmt: skip
             linear = getattr(parent, name)
-            packed = pack_blocked(quantize_rtn(linear.weight, 4, 32), torch.float32, "cpu")
+            packed = pack_blocked(quantize_rtn(linear.weight, 4, 32), torch.float32, "cpu" if plain else DEVICE)
             assert packed is not None
             weight = unpack_blocked(packed).dequantize()
             setattr(parent, name, Linear(weight, linear.bias) if plain else Linear(None, linear.bias, packed))
@@ -81,15 +81,16 @@ def test_a_step_on_the_gpu_is_a_step_of_the_network(config: ModelConfig, kv: str
     alphas = [config.ntk_alpha(len(prompt)) for prompt in prompts]
     chunks = [Chunk(p, 0, t, a) for p, t, a in zip(prompts, tables, alphas, strict=True)]
     theirs(make_batch(chunks, 4), cache)
-    expected_cache = KVCache(config, 12, 4, kv)
-    for mine, other in zip(expected_cache.layers, cache.layers, strict=True):
-        for name in ("key", "value", "key_affine", "value_affine"):
-            if getattr(mine, name) is not None:
-                getattr(mine, name).copy_(getattr(other, name))
+    expected_cache, cache_of_step = KVCache(config, 12, 4, kv), KVCache(config, 12, 4, kv, DEVICE)
+    for copy in (expected_cache, cache_of_step):
+        for mine, other in zip(copy.layers, cache.layers, strict=True):
+            for name in ("key", "value", "key_affine", "value_affine"):
+                if getattr(mine, name) is not None:
+                    getattr(mine, name).copy_(getattr(other, name))
     new = [Chunk([token], len(p), t, a) for token, p, t, a in zip((11, 13), prompts, tables, alphas, strict=True)]
     expected = theirs.logits(theirs(make_batch(new, 4), expected_cache))
 
-    step = DecodeStep(ours.to(DEVICE), cache, 3, 8, torch.device(DEVICE))
+    step = DecodeStep(ours.to(DEVICE), cache_of_step, 3, 8, torch.device(DEVICE))
     step.input_ids[:2] = torch.tensor([11, 13])
     step.positions[:2] = torch.tensor([5, 17])
     step.slots[:2] = torch.tensor([1 * 4 + 1, 7 * 4 + 1])
@@ -98,10 +99,10 @@ def test_a_step_on_the_gpu_is_a_step_of_the_network(config: ModelConfig, kv: str
         step.block_tables[row, : len(table)] = torch.tensor(table)
     step.set_alphas(alphas)
     logits = step.run()
-    assert error(logits[:2], expected) < (2e-3 if kv == "int8" else 1e-4)
+    assert error(logits[:2].cpu(), expected) < (2e-3 if kv == "int8" else 1e-4)
     assert bool(logits[2].isfinite().all())
-    for mine, other in zip(cache.layers, expected_cache.layers, strict=True):
-        assert (mine.key.float() - other.key.float()).abs().max() <= (1 if kv == "int8" else 1e-4)
+    for mine, other in zip(cache_of_step.layers, expected_cache.layers, strict=True):
+        assert (mine.key.float().cpu() - other.key.float()).abs().max() <= (1 if kv == "int8" else 1e-4)
 
 
 def test_greedy_takes_the_first_largest_real_token() -> None:

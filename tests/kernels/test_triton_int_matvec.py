@@ -76,14 +76,14 @@ def test_a_row_times_an_integer_weight(bits: int, out: int, inputs: int, group: 
     assert error(y, int_matvec_reference(x, packed, bias, residual)) < 3e-4
 
 
-@pytest.mark.parametrize("words", [32, 128])
+@pytest.mark.parametrize("words", [16, 64])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_program_takes_several_tiles(bits: int, words: int) -> None:
-    packed = pack_blocked(quantized(bits, 13, 384, 128), torch.float32, DEVICE)
+    packed = pack_blocked(quantized(bits, 5, 160, 32), torch.float32, DEVICE)
     assert packed is not None
-    x, norm = random(1, 384), random(384) + 3
+    x, norm = random(1, 160), random(160) + 3
     config = SMALL | {"words": words, "programs": 2, "rows": 2}
-    y = int_matvec(x, packed, norm=norm, out=poisoned(1, 13), config=config)
+    y = int_matvec(x, packed, norm=norm, out=poisoned(1, 5), config=config)
     assert error(y, int_matvec_reference(x, packed, norm=norm)) < 3e-4
 
 
@@ -98,8 +98,8 @@ def test_several_rows(bits: int, rows: int) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_norm_and_gate_are_part_of_the_product(bits: int) -> None:
-    packed = pack_blocked(quantized(bits, 10, 384, 128, "whole"), torch.float32, DEVICE)
+    packed = pack_blocked(quantized(bits, 6, 160, 32, "whole"), torch.float32, DEVICE)
     assert packed is not None
-    x, norm = random(2, 384) * 3, random(384) * 0.1 + 1
-    y = int_matvec(x, packed, norm=norm, eps=1e-6, gated=True, out=poisoned(2, 5), config=SMALL)
+    x, norm = random(2, 160) * 3, random(160) * 0.1 + 1
+    y = int_matvec(x, packed, norm=norm, eps=1e-6, gated=True, out=poisoned(2, 3), config=SMALL)
     assert error(y, int_matvec_reference(x, packed, norm=norm, eps=1e-6, gated=True)) < 3e-4

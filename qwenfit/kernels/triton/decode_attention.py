@@ -131,7 +131,8 @@ def _run(
     shared = dict(SPLITS=splits, DIM=head_dim, HEADS=heads, TILE=config["tokens"], **options(q))
     q_norm, k_norm = (new.head_norms if new else None) or (None, None)
     _attend[(splits, kv_heads, batch)](
-        q, new and new.cos, new and new.sin, new and new.query_scale, q_norm, k_norm, new and new.slots, new and new.key_centre,
+        q, new and new.cos, new and new.sin, new and new.query_scale, q_norm, k_norm, new and new.slots,
+        new and new.key_centre,
         cache.key, cache.value, cache.key_affine, cache.value_affine, block_tables, context_lens, partial, lse,
         scale * 1.4426950408889634, new.eps if new else 0.0, block_tables.stride(0),
         FUSED=new is not None, HAS_SCALE=new is not None and new.query_scale is not None,
@@ -189,14 +190,19 @@ def _cached(
 
 
 @triton.jit
+def _block(table_ptr, token, stop, BLOCK_SIZE: tl.constexpr):
+    """The blocks that hold tokens of a sequence; loaded a tile before the tile itself."""
+    return tl.load(table_ptr + token // BLOCK_SIZE, mask=token < stop, other=0)
+
+
+@triton.jit
 def _tile(
-    key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, table_ptr, token, stop, kv_head,
+    key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, block, token, stop, kv_head,
     KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, QUANTIZED: tl.constexpr,
 ):  # fmt: skip
     """Keys and values [TILE, DIM] of some tokens, and their scales and zeros (without meaning if not quantized)."""
     here = token < stop
-    block = tl.load(table_ptr + token // BLOCK_SIZE, mask=here, other=0).to(tl.int64)
-    vector = (block * BLOCK_SIZE + token % BLOCK_SIZE) * KV_HEADS + kv_head
+    vector = (block.to(tl.int64) * BLOCK_SIZE + token % BLOCK_SIZE) * KV_HEADS + kv_head
     at = vector[:, None] * DIM + tl.arange(0, DIM)[None, :]
     k = tl.load(key_ptr + at, mask=here[:, None], other=0.0)
     v = tl.load(value_ptr + at, mask=here[:, None], other=0.0)
@@ -232,10 +238,12 @@ def _attend(
     stop = tl.minimum(start + length, past)
     table_ptr += row * table_stride
     lane = tl.arange(0, TILE)
+    block = _block(table_ptr, start + lane, stop, BLOCK_SIZE)
     k, v, key_scale, key_zero, value_scale, value_zero = _tile(
-        key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, table_ptr, start + lane, stop, kv_head,
+        key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, block, start + lane, stop, kv_head,
         KV_HEADS, BLOCK_SIZE, DIM, QUANTIZED,
     )  # fmt: skip
+    block = _block(table_ptr, start + TILE + lane, stop, BLOCK_SIZE)
     if FUSED:
         cos, sin = tl.load(cos_ptr + row * DIM + d), tl.load(sin_ptr + row * DIM + d)
         start_after_previous(OVERLAP)
@@ -292,9 +300,10 @@ def _attend(
             token = first + lane
             here = token < stop
             next_tile = _tile(
-                key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, table_ptr, token + TILE, stop, kv_head,
+                key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, block, token + TILE, stop, kv_head,
                 KV_HEADS, BLOCK_SIZE, DIM, QUANTIZED,
             )  # fmt: skip
+            block = _block(table_ptr, token + 2 * TILE, stop, BLOCK_SIZE)
             if GROUP == 1:
                 points = tl.sum(q * k.to(tl.float32), axis=1)
                 if QUANTIZED:
@@ -346,9 +355,9 @@ def _merge(
     partial_ptr, lse_ptr, context_ptr, out_ptr,
     SPLITS: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    start_after_previous(OVERLAP)
     head, row = tl.program_id(0), tl.program_id(1)
     context = tl.load(context_ptr + row).to(tl.int32)
+    start_after_previous(OVERLAP)
     split = tl.arange(0, SPLITS)
     used = split * _split_length(context, SPLITS, TILE) < context
     place = (row * HEADS + head) * SPLITS + split

@@ -7,6 +7,9 @@ holds, 32 for int4 and 16 for int8, are rounded to 16 bits of their largest, in 
 times finer than bfloat16 rounds the largest, and exact sums follow.
 """
 
+# A kernel grows tuples as it is compiled, which Python's types cannot say.
+# mypy: disable-error-code="assignment, misc"
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -145,6 +148,7 @@ def int_matvec(
     lanes = 1 << (rows - 1).bit_length()
     tiles = triton.cdiv(weight.out_features, config["rows"])
     programs = min(tiles, config["programs"])
+    tile_words = min(config["words"], _power_of_two(weight.codes.shape[1]))
     _int_matvec[(programs,)](
         x, weight.codes, weight.scales, weight.zeros, bias, residual, norm, weight.perm, out,
         rows, eps, outputs, tiles, programs,
@@ -152,7 +156,7 @@ def int_matvec(
         GROUP_WORDS=weight.group_size * weight.bits // 32, GROUPS=weight.scales.shape[1],
         WORDS=weight.codes.shape[1], HAS_ZEROS=weight.zeros is not None, HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None, HAS_NORM=norm is not None, HAS_PERM=weight.perm is not None,
-        GATED=gated, INTERPRETED=INTERPRETED, M=lanes, TILE_OUT=config["rows"], TILE_WORDS=min(config["words"], _power_of_two(weight.codes.shape[1])),
+        GATED=gated, INTERPRETED=INTERPRETED, M=lanes, TILE_OUT=config["rows"], TILE_WORDS=tile_words,
         num_warps=config["warps"], **options(x),
     )  # fmt: skip
     return out

@@ -55,7 +55,7 @@ def device_limits() -> dict[str, float]:
 def _seconds(run: Callable[[], object]) -> float:
     best = float("inf")
     for _ in range(5):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
         stop.record()

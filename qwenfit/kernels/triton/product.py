@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
+from qwenfit.kernels.choice import MATVEC_ROWS
 from qwenfit.kernels.triton import bf16_matvec, int_matvec
 from qwenfit.kernels.triton.fused_norm import add_norm
 from qwenfit.kernels.triton.gate import silu_mul
 from qwenfit.kernels.triton.int_matmul import dequantised, int_matmul
 from qwenfit.kernels.triton.int_matvec import BlockedWeight
 
-MATVEC_ROWS = 8  # from here on the tensor cores win; measured on an H200
 MATMUL_ROWS = 64  # from here on unpacking a weight for the vendor's product costs less than it saves
 
 
