@@ -28,7 +28,8 @@ class Request:
     deadline: float | None = None  # on the engine's clock
     siblings: list[Request] = field(default_factory=list)  # the other n - 1, held until this one's prompt is cached
 
-    # The scheduler's. `computed` tokens have their keys and values in `blocks`; a step adds `scheduled` more.
+    # The scheduler's, set when it lets the request in. `computed` tokens have their keys and values in `blocks`; a step
+    # adds `scheduled` more.
     running: bool = False
     computed: int = 0
     scheduled: int = 0

@@ -125,6 +125,7 @@ class Scheduler:
         if request.stats.preemptions == 0:
             request.stats.cached_tokens = request.computed
         request.row = self._rows.pop()
+        request.blocks_in_table = request.tokens_in_table = 0
         request.running = True
         self.running.append(self.waiting.popleft())
         return True
@@ -134,9 +135,6 @@ class Scheduler:
         self._rows.append(request.row)
         request.blocks = []
         request.running = False
-        request.row = -1
-        request.computed = request.scheduled = request.shared_blocks = 0
-        request.blocks_in_table = request.tokens_in_table = 0
 
     def _hash_blocks(self, request: Request, count: int) -> None:
         hashes, size = request.block_hashes, self.pool.block_size
