@@ -46,8 +46,7 @@ def app() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Runs a verb; prints an expected failure as one sentence with a hint, and exits with its code."""
     try:
-        code = app(args=arguments, prog_name="qwenfit", standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
     except QwenfitError as error:
         _fail(error.message, error.hint, error.exit_code)
     except click.ClickException as error:
@@ -65,6 +64,17 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # `qwenfit plan | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+def _run(arguments: list[str]) -> int:
+    """The verb's exit code. Not click's own main(), which turns a closed pipe into a failure before we see it."""
+    try:
+        with app.make_context("qwenfit", list(arguments)) as context:
+            code = app.invoke(context)
+    except click.exceptions.Exit as end:
+        code = end.exit_code
+    sys.stdout.flush()
+    return code if isinstance(code, int) else 0
 
 
 def _fail(message: str, hint: str | None, code: int) -> None:

@@ -171,6 +171,7 @@ OPTIONS: list[tuple[tuple[str, ...], Callable[[dict[str, Any]], object], object]
     (("--prompt", "64", "--shared-prefix", "32"), lambda p: p["task"]["shared_prefix"], 32),
     (("--kv-cache", "int8"), lambda p: "--kv-cache int8" in p["command"], True),
     (("--kv_cache", "int8"), lambda p: p["task"]["kv_cache"], "int8"),
+    (("--precision", "int4", "--head-precision", "int4"), lambda p: "--head-precision int4" in p["command"], True),
     (("--no-flash-attention",), lambda p: p["task"]["flash_attention"], False),
     (("--flash_attention",), lambda p: p["task"]["flash_attention"], True),
     (("--host-factor", "2", "--stack", "transformers-5"), lambda p: p["hardware"]["host_factor"], 2.0),
@@ -281,6 +282,8 @@ def test_all_of_json_without_a_model_and_exit_3_when_nothing_fits(cli: Cli) -> N
         (("Qwen-7B", *RTX, "--precision", "fp8"), 2, ("bf16", "fp8")),
         ((*RTX, "--precision", "fp8"), 2, ("bf16", "fp8")),
         (("Qwen-7B", *RTX, "--kv-cache", "int4"), 2, ("int8", "int4")),
+        (("Qwen-7B", *RTX, "--head-precision", "fp8"), 2, ("int8", "fp8")),
+        (("Qwen-7B", *RTX, "--head-precision", "int8", "--stack", "vllm"), 2, ("16 bits",)),
         (("Qwen-7B", *RTX, "--seq-len", "256"), 2, ("no seq_len",)),
         (("Qwen-7B", *RTX, "--task", "lora", "--batch", "4"), 2, ("no batch",)),
         (("Qwen-7B", *RTX, "--task", "lora", "--zero", "1"), 2, ("0, 2 or 3",)),
@@ -409,7 +412,21 @@ def test_colour_is_for_terminals_and_no_color_turns_it_off(environment: dict[str
 def test_a_closed_pipe_ends_quietly() -> None:
     command = f"{sys.executable} -m qwenfit plan --gpu H100 | head -1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=60)
-    assert done.stderr == "" and done.stdout.count("\n") == 1 and done.returncode in (0, 1)
+    assert done.stderr == "" and done.stdout.count("\n") == 1 and done.returncode == 0
+
+
+def test_help_version_and_a_wrong_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, code, word in (
+        (["--help"], 0, "plan"),
+        (["plan", "-h"], 0, "--find"),
+        (["--version"], 0, "version"),
+        (["plam"], 2, "plam"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        printed = capsys.readouterr()
+        assert end.value.code == code
+        assert word in (printed.err if code else printed.out)
 
 
 def test_this_machine_is_planned_when_no_card_is_named(cli: Cli) -> None:

@@ -54,7 +54,8 @@ def test_planning_modules_import_nothing_heavy() -> None:
     ids=" ".join,
 )
 def test_running_a_plan_imports_nothing_heavy(arguments: list[str]) -> None:
-    code = f"from qwenfit.cli import main\ntry:\n    main({arguments!r})\nexcept SystemExit as e:\n    assert e.code in (0, 3)"
+    run = f"try:\n    main({arguments!r})\nexcept SystemExit as e:\n    assert e.code in (0, 3)"
+    code = f"from qwenfit.cli import main\n{run}"
     assert not modules_after(code) & set(HEAVY)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +13,9 @@ from qwenfit.checkpoint.expected import Parameter, stored_parameters
 from qwenfit.config import ModelConfig
 from qwenfit.kernels.packed import PackedWeight, pack
 from qwenfit.quantize.types import QuantizedWeight
+
+if TYPE_CHECKING:
+    from qwenfit.kernels.triton.int_matvec import BlockedWeight
 
 POOL_SIZE = (1 << 22) + 15  # odd, so that repetitions of the pool do not line up with rows
 
@@ -29,7 +33,7 @@ class RandomWeights:
         self._seed = seed
         self._normal = {torch.float32: torch.randn(POOL_SIZE, generator=generator)}
         self._bytes = torch.randint(0, 256, (POOL_SIZE,), dtype=torch.uint8, generator=generator)
-        self._packed: dict[tuple[tuple[int, ...], int], PackedWeight] = {}
+        self._packed: dict[tuple[tuple[int, ...], int], PackedWeight | BlockedWeight] = {}
 
     def in_file_order(self) -> list[Parameter]:
         return list(self.parameters.values())
@@ -53,7 +57,7 @@ class RandomWeights:
 
     def packed(
         self, parameter: Parameter, bits: int, group_size: int, dtype: torch.dtype, device: torch.device
-    ) -> PackedWeight:
+    ) -> PackedWeight | BlockedWeight:
         """A matrix of random integers with the scale that gives its deviation, in the kernels' layout.
 
         Packing costs more than filling memory, so it is done once for a shape. Any bytes are codes in every layout:

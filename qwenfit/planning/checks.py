@@ -26,6 +26,8 @@ def check_context(config: ModelConfig, task: Task) -> None:
 def check_task(device: Device, task: Task, stack: Stack) -> None:
     """UsageError where the stack's software or the card cannot do the task at all."""
     if isinstance(task, Inference):
+        if task.head_precision is not None and stack.name != "qwenfit":
+            raise UsageError(f"{stack.name} keeps the head in 16 bits.", "Leave --head-precision out.")
         if task.flash_attention and not device.flash_attention:
             raise UsageError(f"FlashAttention does not run on {device.name}.", "Leave --flash-attention out.")
         return

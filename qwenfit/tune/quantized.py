@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,8 +10,11 @@ from torch.nn.functional import linear
 
 from qwenfit.kernels.packed import PackedWeight, dequantize
 
+if TYPE_CHECKING:
+    from qwenfit.kernels.triton.int_matvec import BlockedWeight
 
-def frozen_quantized_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
+
+def frozen_quantized_linear(x: Tensor, packed: PackedWeight | BlockedWeight, bias: Tensor | None) -> Tensor:
     """x [..., in] -> [..., out]; only x gets a gradient.
 
     The weight is dequantised to x's dtype for the product and again for its gradient, and kept by neither pass: one
@@ -23,7 +26,7 @@ def frozen_quantized_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None
 
 class _FrozenQuantizedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: PackedWeight) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: PackedWeight | BlockedWeight) -> Tensor:
         ctx.packed = packed
         return linear(x, dequantize(packed, x.dtype))
 

@@ -14,7 +14,13 @@ from qwenfit.planning.finetune_memory import lora_parameters
 from qwenfit.planning.inference_memory import cached_tokens, kv_bytes_per_token
 from qwenfit.planning.stack import get_stack
 from qwenfit.planning.task import Inference
-from qwenfit.planning.weights import check_tensor_parallel, split_layers, tensor_parallel_bytes, weight_bytes
+from qwenfit.planning.weights import (
+    check_tensor_parallel,
+    split_layers,
+    tensor_parallel_bytes,
+    weight_bytes,
+    with_head,
+)
 
 OLD = "transformers-4.3x"
 ROWS = [row for row in read_csv("models.csv") if not row["num_experts"]]
@@ -155,3 +161,15 @@ def test_a_paged_cache_keeps_a_shared_prefix_once() -> None:
     task = Inference(prompt=1024, generate=512, batch=8, shared_prefix=512)
     assert cached_tokens(task, get_stack("qwenfit")) == 512 + 8 * 1024
     assert cached_tokens(task, get_stack(OLD)) == 8 * 1536
+
+
+def test_a_quantized_head_replaces_the_16_bit_one_and_a_tied_embedding_stays() -> None:
+    for name, tied in (("Qwen-7B", False), ("Qwen2.5-0.5B", True)):
+        config = get_model(name)
+        plain = weight_bytes(config, "int4", "qwenfit")
+        quantized = with_head(config, plain, "int4")
+        rows, width = config.vocab_size, config.hidden_size
+        head = rows * width // 2 + rows * (width // 128) * 4  # 4 bits, and a 16-bit scale and zero per group
+        assert quantized.head == head and quantized.embedding == plain.embedding == 2 * rows * width
+        assert quantized.total == plain.total + head - (0 if tied else 2 * rows * width)
+        assert quantized.read_per_token < plain.read_per_token
