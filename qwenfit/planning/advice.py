@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
+from qwenfit.catalog import read_csv
 from qwenfit.planning.search import (
     biggest_batch,
     cards_that_fit,
@@ -26,9 +27,9 @@ from qwenfit.planning.weights import BITS
 def advice_for(plan: Plan) -> tuple[Advice, ...]:
     """What to change when it does not fit (each alternative planned, and only those that fit), else what to improve."""
     if plan.verdict == DOES_NOT_FIT:
-        return tuple(_ways_to_fit(plan))
+        return (*_ways_to_fit(plan), *_guide_cards(plan))
     if isinstance(plan.task, Inference):
-        return tuple(_faster_inference(plan, plan.task))
+        return (*_faster_inference(plan, plan.task), *_guide_cards(plan))
     return tuple(_better_finetuning(plan, plan.task))
 
 
@@ -61,6 +62,20 @@ def _advise(found: list[Advice], what: str, why: str, plan: Plan, other: Plan | 
         return False
     found.append(Advice(what, why, changes(plan, other), other.memory.process, other.speed.tokens_per_s))
     return True
+
+
+def _guide_cards(plan: Plan) -> list[Advice]:
+    """The guide's minimum and recommended cards, for running the four models it speaks of."""
+    if not isinstance(plan.task, Inference) or plan.model.architecture != "qwen1":
+        return []
+    rows = [row for row in read_csv("guide/requirements.csv") if row["model"] == plan.model.name]
+    precision = "bf16" if BITS[plan.precision] == 16 else plan.precision
+    least = next((row["minimum_gpu"] for row in rows if row["precision"] == precision), None)
+    if least is None:
+        return []
+    best = next(row["recommended_gpu"] for row in rows if row["recommended_gpu"])
+    why = "what the guide names for this model and precision; --find gpu ranks every card of the catalog"
+    return [Advice(f"take at least {least}; recommended is {best}", why)]
 
 
 def _ways_to_fit(plan: Plan) -> list[Advice]:

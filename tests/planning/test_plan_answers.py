@@ -191,6 +191,13 @@ def test_the_guides_recommendations_are_given_where_they_apply() -> None:
     assert "share the prefix" in said(model="Qwen-7B", gpu="A100-SXM4-80GB", batch=8, prompt=1024)
 
 
+def test_the_guides_minimum_and_recommended_cards_are_named_for_its_four_models() -> None:
+    seven = said(model="Qwen-7B", gpu="T4", precision="int8")
+    assert "take at least RTX 3080; recommended is RTX 3090 24GB, RTX 4090 24GB or A100 40GB" in seven
+    assert "take at least 2x A100 80GB" in said(model="Qwen-72B", gpu="H100-SXM5-80GB", gpus=2)
+    assert "take at least" not in said(model="Qwen2.5-7B", gpu="T4") + said(model="Qwen-7B", gpu="T4", task="qlora")
+
+
 def test_zero_2_is_the_faster_choice_between_nodes_on_a_slow_network() -> None:
     options = {"gpu": "A100-SXM4-80GB", "gpus": 8, "nodes": 2, "network_gbps": 10.0, "advise": False}
     two, three = (plan("Qwen-7B", "lora", zero=z, **options) for z in (2, 3))  # type: ignore[arg-type]
