@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 demo: $(VENV)/.run
 	$(BIN)/qwenfit plan
-	$(BIN)/qwenfit bench demo
+	$(BIN)/qwenfit bench demo --record measurements/local
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
