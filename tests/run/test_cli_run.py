@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Result, environment
+
+from tests.run.conftest import ROOT, Result, environment
 
 Cli = Callable[..., Result]
 GREEDY = ("--set", "temperature=0")
