@@ -20,13 +20,14 @@ SETTINGS = {
 
 
 RUNNING = ("chat", "generate", "models", "pull", "ls", "rm", "convert", "bench", "doctor")
+TUNING = ("tune", "merge")
 
 
 class LazyGroup(click.Group):
     """Imports the running verbs only when one of them, or the list of all, is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*super().list_commands(ctx), *RUNNING]
+        return [*super().list_commands(ctx), *RUNNING, *TUNING]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in RUNNING:
@@ -34,6 +35,10 @@ class LazyGroup(click.Group):
 
             command: click.Command = getattr(cli_run, "ls_" if cmd_name == "ls" else cmd_name)
             return command
+        if cmd_name in TUNING:
+            from qwenfit import cli_tune
+
+            return {"tune": cli_tune.tune, "merge": cli_tune.merge}[cmd_name]
         return super().get_command(ctx, cmd_name)
 
 

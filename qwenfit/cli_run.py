@@ -22,6 +22,7 @@ def run_options(command: Command) -> Command:
             click.argument("model"),
             click.option("--precision", help="bf16, fp16, fp32, int8 or int4; default: the checkpoint's own"),
             click.option("--head-precision", type=click.Choice(["int8", "int4"]), help="quantize the head too"),
+            click.option("--adapter", help="a LoRA folder in PEFT's format, such as qwenfit tune writes"),
             click.option("--kv-cache", help="bf16, fp16, fp32 or int8"),
             click.option("-c", "--context", type=int, help="tokens of prompt + answer  [4096, or fewer]"),
             click.option("--device", help="cpu or cuda; default: the GPU with the most free memory, else the CPU"),

@@ -53,6 +53,7 @@ class LLM:
         *,
         precision: str | None = None,
         head_precision: str | None = None,
+        adapter: str | None = None,
         device: str | None = None,
         random_weights: bool = False,
         seed: int = 0,
@@ -62,7 +63,8 @@ class LLM:
         """Load a catalog name, a folder, a .gguf or a Hub id; `load_model` says what each option does.
 
         precision: "bf16", "fp16", "fp32", "int8" or "int4" (default: as stored); device: "cpu", "cuda", ... (default:
-        a GPU if there is one); `random_weights` (from `seed`): measure a model without downloading it, token ids only.
+        a GPU if there is one); adapter: a LoRA folder in PEFT's format, merged into plain weights and run beside int8
+        and int4 ones; `random_weights` (from `seed`): measure a model without downloading it, token ids only.
         The KV cache has the type of the activations unless `kv_cache` names another.
         """
         from qwenfit.checkpoint.load import load_model
@@ -78,6 +80,10 @@ class LLM:
             seed=seed,
             progress=progress,
         )
+        if adapter is not None:
+            from qwenfit.tune.peft_format import load_adapter
+
+            load_adapter(network, config, adapter)
         tokenizer = None if random_weights else load_tokenizer(config.source, config)
         sizes.setdefault("kv_cache", KV_NAMES[network.dtype])
         self._set_up(network, config, tokenizer, device, **sizes)

@@ -33,9 +33,15 @@ def _decode_graphs(model: Network, cache: KVCache, max_blocks: int, device: torc
     if device.type != "cuda" or cache.dtype == PARITY:
         return None
     from qwenfit.engine.graphs import DecodeGraphs
+    from qwenfit.model.linear import Linear
     from qwenfit.model.transformer import Transformer
 
-    return DecodeGraphs(model, cache, max_blocks, device) if isinstance(model, Transformer) else None
+    if not isinstance(model, Transformer):
+        return None
+    # An adapter beside quantized weights is a layer of another kind.
+    if not all(isinstance(m, Linear) for name, m in model.named_modules() if name.endswith("_proj")):
+        return None
+    return DecodeGraphs(model, cache, max_blocks, device)
 
 
 def _decodes(request: Request) -> bool:

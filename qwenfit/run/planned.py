@@ -28,6 +28,7 @@ class RunOptions:
     model: str
     precision: str | None = None
     head_precision: str | None = None
+    adapter: str | None = None  # a LoRA folder in PEFT's format
     kv_cache: str | None = None
     context: int | None = None
     batch: int = 1
@@ -101,6 +102,10 @@ def _what_would(made: Plan) -> str:
 def load_planned(options: RunOptions, progress: Callable[[int, int], None] | None = None) -> tuple[LLM, Plan]:
     """Plan, check, load. The engine's cache is what the plan says: `batch` requests of `context` tokens."""
     made = plan_run(options)
+    if options.adapter is not None:
+        from qwenfit.tune.peft_format import read_config
+
+        read_config(options.adapter)  # before the weights are read
     from qwenfit.engine.llm import LLM
 
     task = made.task
@@ -111,6 +116,7 @@ def load_planned(options: RunOptions, progress: Callable[[int, int], None] | Non
         options.model,
         precision=made.precision,
         head_precision=options.head_precision,
+        adapter=options.adapter,
         device="cpu" if made.hardware.device.kind == "cpu" else "cuda",
         random_weights=options.random_weights,
         seed=options.seed,

@@ -57,6 +57,10 @@ class LoRALinear(nn.Module):
             # Drawn on the CPU: the same seed gives the same adapter on every device.
             self.lora_A.copy_(torch.empty(self.lora_A.shape).uniform_(-bound, bound))
 
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return self.base.bias
+
     def forward(self, x: Tensor) -> Tensor:
         if self.base.packed is not None and torch.is_grad_enabled():
             out = frozen_quantized_linear(x, self.base.packed, self.base.bias)

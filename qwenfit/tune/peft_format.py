@@ -141,7 +141,7 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
     Raises NotFound, UsageError for kinds of adapter that are not done here, BadFile for damaged ones.
     """
     folder = Path(folder)
-    table = _read_config(folder)
+    table = read_config(folder)
     lora = _lora_of(folder, table)
     try:
         tensors = load_file(folder / WEIGHTS_NAME)
@@ -172,7 +172,9 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
     return found
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """adapter_config.json of a folder that holds what `read_adapter` takes; its weights are not read."""
+    folder = Path(folder)
     if not (folder / CONFIG_NAME).exists():
         raise NotFound(f"{folder} holds no {CONFIG_NAME}: it is no adapter folder.")
     table = read_json_object(folder / CONFIG_NAME)
