@@ -60,7 +60,8 @@ def transformers_model(path: Path) -> Any:
             name = f"model.layers.{parts[1]}.{INNER[parts[2]]}.{parts[3]}"
         else:
             name = f"{OUTER[parts[0]]}.{parts[1]}"
-        state[name] = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        plain = gguf.dequantize(tensor.data, tensor.tensor_type)
+        state[name] = torch.from_numpy(np.require(plain, np.float32, "W"))  # copies what is float32 in the file
     config = transformers.Qwen2Config(
         vocab_size=len(state["model.embed_tokens.weight"]),
         hidden_size=field("embedding_length"),
