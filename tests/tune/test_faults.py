@@ -1,0 +1,209 @@
+"""What goes wrong during a run is named, and nothing that was learned is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tune.tiny import network, result_of, samples, save_hf, settings, source, tune_tiny
+
+from qwenfit.errors import DoesNotFit, QwenfitError, UsageError
+from qwenfit.tune import checkpoint, loss, planned
+from qwenfit.tune.adapters import LoRALinear
+from qwenfit.tune.batch import IGNORE
+from qwenfit.tune.loop import Diverged
+from qwenfit.tune.optimizer import AdamW
+from qwenfit.tune.peft_format import load_adapter
+from qwenfit.tune.progress import read_metrics
+from qwenfit.tune.source import Rows
+
+
+@pytest.fixture
+def base(tmp_path):
+    return save_hf(tmp_path / "base")
+
+
+def run_of(base, **changes):
+    return settings(base, output=str(base.parent / "run"), **{"max_steps": 6, "save_every": 2} | changes)
+
+
+class Poisoned(Rows):
+    """Hidden states that are no numbers from a sample on: its tokens meet an embedding that is NaN."""
+
+    TOKEN = 319
+
+    def __init__(self, first: int, last: int) -> None:
+        few = samples(24, longest=20)
+        for sample in few:
+            sample.input_ids = [min(i, self.TOKEN - 1) for i in sample.input_ids]
+            sample.labels = [i if i == IGNORE else min(i, self.TOKEN - 1) for i in sample.labels]
+        for sample in few[first:last]:
+            sample.input_ids[0] = self.TOKEN
+        super().__init__([[s] for s in few], 24, 2, 0, shuffle=False)
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """The last token's embedding is NaN: a sample that holds it makes the loss one."""
+    from qwenfit.tune import setup
+
+    load = setup.load_model
+
+    def loaded(*arguments, **options):
+        model, config = load(*arguments, **options)
+        model.embed_tokens.weight.data[Poisoned.TOKEN] = float("nan")
+        return model, config
+
+    monkeypatch.setattr(setup, "load_model", loaded)
+
+
+def test_a_batch_of_nan_stops_after_m_steps_names_the_samples_and_keeps_the_last_good_state(base, poison):
+    with pytest.raises(Diverged) as caught:
+        tune_tiny(run_of(base, max_bad_steps=2), data=Poisoned(8, 24))  # 4 samples a step: from the third step on
+    assert "train.jsonl:13" in caught.value.message and "after step 2 is saved" in caught.value.message
+    found, wrong = checkpoint.newest(base.parent / "run" / "checkpoints")
+    assert found is not None and found.name == "step-00000002" and not wrong
+    rows = read_metrics(base.parent / "run")
+    assert [("bad" in row) for row in rows] == [False, False, True, True]
+    assert rows[2]["bad"] == [f"train.jsonl:{n}" for n in (9, 10, 11, 12)]
+    model = network(base)
+    load_adapter(model, model.config, found)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_fewer_bad_steps_are_left_out_and_the_run_goes_on(base, poison):
+    assert tune_tiny(run_of(base, max_bad_steps=2), data=Poisoned(8, 12)) == 0
+    rows = read_metrics(base.parent / "run")
+    assert [row["step"] for row in rows if "bad" in row] == [3]
+    state = json.loads((base.parent / "run" / "checkpoints" / "step-00000006" / "state.json").read_text())
+    assert state["state"]["bad_steps"] == 0 and state["optimizer"][0]["steps"] == 5
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_says_which(base, monkeypatch):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    written = checkpoint.save
+    try:
+
+        def save(root, step, write, **options):
+            if step == 4:  # no file of more than 20 KB from here on: the optimizer's does not fit
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+            return written(root, step, write, **options)
+
+        monkeypatch.setattr(checkpoint, "save", save)
+        with pytest.raises(QwenfitError) as caught:
+            tune_tiny(run_of(base))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "step-00000002 is untouched" in caught.value.message and "--resume" in caught.value.hint
+    root = base.parent / "run" / "checkpoints"
+    assert [p.name for p in root.iterdir()] == ["step-00000002"]
+    monkeypatch.setattr(checkpoint, "save", written)
+    assert tune_tiny(run_of(base, resume=True)) == 0
+    straight = replace(run_of(base), output=str(base.parent / "straight"))
+    assert tune_tiny(straight) == 0
+    assert result_of(base.parent / "run") == result_of(base.parent / "straight")
+
+
+def test_too_little_room_is_said_before_the_first_step(base, monkeypatch):
+    from qwenfit.tune import setup
+
+    monkeypatch.setattr(setup.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+    with pytest.raises(QwenfitError, match="one being written"):
+        tune_tiny(run_of(base))
+    assert not (base.parent / "run" / "checkpoints").exists()
+
+
+def test_a_folder_that_takes_no_files_is_named_before_weights_are_read(base, monkeypatch):
+    from qwenfit.tune import setup
+
+    monkeypatch.setattr(setup, "load_model", lambda *a, **k: pytest.fail("weights were read"))
+    (base.parent / "file").write_text("")
+    with pytest.raises(QwenfitError, match="Nothing can be written"):
+        tune_tiny(replace(run_of(base), output=str(base.parent / "file" / "run")))
+    if os.geteuid() != 0:  # root writes anywhere
+        locked = base.parent / "locked"
+        locked.mkdir(mode=0o555)
+        with pytest.raises(QwenfitError, match="Permission denied"):
+            tune_tiny(replace(run_of(base), output=str(locked)))
+
+
+def fail_with_out_of_memory(*arguments, **options):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize(
+    ("where", "term"),
+    [
+        ((loss, "chunk_tokens"), "logits"),
+        ((AdamW, "_gather"), "optimizer"),
+        ((LoRALinear, "forward"), "activations"),
+    ],
+)
+def test_running_out_of_memory_names_the_plans_term_and_the_next_smaller_setting(base, monkeypatch, where, term):
+    monkeypatch.setattr(*where, fail_with_out_of_memory)
+    with pytest.raises(DoesNotFit) as caught:
+        tune_tiny(run_of(base, micro_batch=4, grad_accum=2))
+    assert f"plan's {term}" in caught.value.message
+    assert caught.value.hint.startswith("--micro-batch 2 --grad-accum 4")
+
+
+def test_the_next_smaller_settings_come_in_the_order_of_what_they_cost(base):
+    config = run_of(base, micro_batch=2, keep="all", seq_len=256, method="lora-emb")
+    flags = [flag for flag, _ in planned._smaller(config)]
+    assert flags[0].startswith("--micro-batch 1") and flags[1] == "--keep inputs"
+    assert "--method lora" in flags and flags[-1] == "--optimizer 8bit"
+
+
+def test_another_error_is_not_taken_for_one_of_memory(base, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(loss, "chunk_tokens", fail)
+    with pytest.raises(RuntimeError, match="mat1"):
+        tune_tiny(run_of(base))
+
+
+def test_what_does_not_fit_is_refused_before_weights_are_read(base, monkeypatch):
+    from qwenfit.tune import setup
+
+    monkeypatch.setattr(setup, "load_model", lambda *a, **k: pytest.fail("weights were read"))
+    config = run_of(base, seq_len=256, micro_batch=10_000_000)
+    with pytest.raises(DoesNotFit, match="free"):
+        tune_tiny(config, data=source())
+    assert not (base.parent / "run").exists()
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(base):
+    assert tune_tiny(run_of(base, max_steps=2)) == 0
+    with pytest.raises(UsageError, match="holds a run"):
+        tune_tiny(run_of(base, max_steps=2))
+    with pytest.raises(UsageError, match="had lr = "):
+        tune_tiny(run_of(base, max_steps=2, resume=True, lr=1e-3))
+    assert tune_tiny(run_of(base, max_steps=2, resume=True, save_every=1)) == 0  # changes no numbers
+
+
+def test_early_stopping_keeps_the_best_evaluation(base):
+    said: list[str] = []
+    config = run_of(base, max_steps=40, eval_every=2, patience=3, eval_data=["held-out"], lr=0.1, keep_last=1)
+    assert tune_tiny(config, said.append, evaluation=source(6, seed=9)) == 0
+    rows = [row for row in read_metrics(base.parent / "run") if "eval_loss" in row]
+    best = min(rows, key=lambda row: row["eval_loss"])
+    assert len(rows) < 20 and rows[-1]["step"] == best["step"] + 6
+    assert any(f"adapter of step {best['step']} is in" in text for text in said)
+    kept = base.parent / "run" / "checkpoints" / f"step-{best['step']:08d}" / "adapter_model.safetensors"
+    assert kept.read_bytes() == (base.parent / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_leaves_its_metrics_and_a_picture(base):
+    assert tune_tiny(run_of(base)) == 0
+    rows = read_metrics(base.parent / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for name in ("loss", "lr", "tokens_per_s", "memory", "planned_memory", "gradient_norm", "epoch"):
+        assert all(row[name] >= 0 for row in rows), name
+    image = (base.parent / "run" / "loss.png").read_bytes()
+    assert image.startswith(b"\x89PNG") and len(image) > 1000
