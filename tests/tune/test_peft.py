@@ -57,7 +57,7 @@ def test_our_adapter_has_the_same_logits_in_peft(tmp_path, kind, tied, what):
     ours = logits_of(trained(base, tmp_path / "adapter", what))
     loaded = peft.PeftModel.from_pretrained(hf_model(kind, tied), tmp_path / "adapter")
     assert (ours - logits_of(network(base))).abs().max() > 0.01
-    torch.testing.assert_close(ours, theirs(loaded), rtol=0, atol=2e-5)
+    torch.testing.assert_close(ours, theirs(loaded), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("what", ["lora", "lora-emb", "rows", "q and v", "rslora"])
@@ -82,7 +82,7 @@ def test_a_peft_adapter_has_the_same_logits_here(tmp_path, kind, tied, what):
         here = network(base)
         load_adapter(here, here.config, tmp_path / "adapter", merge=merged)
         assert bool(lora_layers(here)) != merged
-        torch.testing.assert_close(logits_of(here), theirs(model), rtol=0, atol=2e-5)
+        torch.testing.assert_close(logits_of(here), theirs(model), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("what", ["lora", "lora-emb", "rows"])
@@ -94,11 +94,11 @@ def test_the_merged_folder_has_the_adapters_logits(tmp_path, kind, tied, what):
     (base / "tokenizer.json").write_text("{}")
     report = merge(tmp_path / "adapter", tmp_path / "merged")
     assert report.dtype == "float32" and report.adapted == 8 and not report.note
-    torch.testing.assert_close(logits_of(network(tmp_path / "merged")), ours, rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits_of(network(tmp_path / "merged")), ours, rtol=0, atol=1e-4)
     assert (tmp_path / "merged" / "tokenizer.json").exists()
     (tmp_path / "merged" / "tokenizer.json").unlink()
     there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(theirs(there), ours, rtol=0, atol=2e-5)
+    torch.testing.assert_close(theirs(there), ours, rtol=0, atol=1e-4)
 
 
 def test_qwen1_adapters_have_the_official_scripts_names(tmp_path, golden):
