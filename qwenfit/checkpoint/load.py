@@ -100,7 +100,7 @@ def with_files(config: ModelConfig, spec: str) -> ModelConfig:
             return resolve_model(snapshot)
     raise NotFound(
         f"The weights of {spec} are not on this machine.",
-        f"Download them: qwenfit pull {spec}. To measure without them: --random-weights.",
+        f"Download them: qwenfit pull {spec}. To measure without them: qwenfit bench decode {spec}.",
     )
 
 

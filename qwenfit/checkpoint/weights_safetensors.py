@@ -28,7 +28,7 @@ class SafetensorsSource:
         if not headers:
             raise NotFound(
                 f"{folder} has a config but no weights.",
-                "Download the weights too, or measure without them: --random-weights.",
+                "Download the weights too, or measure without them: qwenfit bench decode MODEL.",
             )
         for header in headers.values():
             file = io.FileIO(header.path)

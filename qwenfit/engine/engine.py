@@ -93,7 +93,7 @@ class Engine:
         if len(prompt) >= self.max_model_len:
             raise DoesNotFit(
                 f"The prompt has {len(prompt)} tokens; with an answer at most {self.max_model_len} fit.",
-                "Shorten the prompt, or give a longer --max-model-len and the KV cache for it.",
+                "Shorten the prompt, or give a longer --context and the memory for its KV cache.",
             )
         named = [*params.stop_token_ids, *(params.logit_bias or ())]
         if any(token >= self.vocab_size for token in named):

@@ -129,7 +129,7 @@ class LLM:
         if max_model_len is not None and max_model_len > num_blocks * block_size:
             raise DoesNotFit(
                 f"A context of {max_model_len} tokens does not fit in a KV cache of {num_blocks * block_size} tokens.",
-                f"Give --max-model-len {num_blocks * block_size}, or --kv-cache int8.",
+                f"Give --context {num_blocks * block_size}, or --kv-cache int8.",
             )
         self.engine = Engine(
             model,

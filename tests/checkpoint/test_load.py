@@ -150,7 +150,7 @@ def test_a_catalog_name_without_weights_names_the_way_out(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(NotFound) as caught:
         load_model("Qwen-7B")
-    assert "qwenfit pull" in caught.value.hint and "--random-weights" in caught.value.hint
+    assert "qwenfit pull" in caught.value.hint and "qwenfit bench decode" in caught.value.hint
 
 
 def test_state_dict_has_the_canonical_names(golden):
