@@ -220,20 +220,6 @@ GOALS: dict[str, Constant] = {
     c.name: c
     for c in (
         Constant(
-            "qwenfit_layer_overhead",
-            18e-6,
-            "s per layer and step",
-            "gaps between the few fused kernels of a decode step in a CUDA graph",
-            "goal: 190 tokens/s for Qwen-7B bf16 and 665 for Qwen-1.8B on an H100 whose measured read is 3.10 TB/s",
-        ),
-        Constant(
-            "qwenfit_prefill_share",
-            0.88,
-            "of the matrix product's speed",
-            "prompt processing with fused neighbours",
-            "goal: 42 ms for a 2048-token prompt of Qwen-7B on an H100",
-        ),
-        Constant(
             "qwenfit_train_share",
             0.72,
             "of the matrix product's speed",
@@ -257,6 +243,48 @@ GOALS: dict[str, Constant] = {
     )
 }
 
+# What this project's own engine was measured to do on a GPU: refitted by `python -m qwenfit.bench.refit` whenever a
+# record in measurements/ is newer than the kernels.
+_DECODE = "measurements/gpu-decode-h200-2.json, 12 runs, by bench/refit.py"
+MEASURED: dict[str, Constant] = {
+    c.name: c
+    for c in (
+        Constant("qwenfit_read_plain", 1.0, "of a plain read", "16-bit weights in a decode step", _DECODE),
+        Constant("qwenfit_read_int8", 1.0, "of a plain read", "int8 weights in a decode step", _DECODE),
+        Constant("qwenfit_read_int4", 0.727, "of a plain read", "int4 weights in a decode step", _DECODE),
+        Constant("qwenfit_read_cache", 0.863, "of a plain read", "a 16-bit KV cache in a decode step", _DECODE),
+        Constant("qwenfit_read_cache_int8", 0.543, "of a plain read", "an int8 KV cache in a decode step", _DECODE),
+        Constant(
+            "qwenfit_layer_gap",
+            17.2e-6,
+            "s per layer and step",
+            "what the six kernels of a layer take beyond their bytes, in a CUDA graph",
+            _DECODE,
+        ),
+        Constant(
+            "qwenfit_step_host",
+            0.1e-3,
+            "s per step",
+            "scheduling, copying the step's numbers, sampling: what the engine adds to the graph",
+            "measurements/gpu-engine-h200.json: 250.6 tokens/s against 257.0 of the graph alone",
+        ),
+        Constant(
+            "qwenfit_prefill_share",
+            0.58,
+            "of the matrix product's speed",
+            "a whole prompt against the bare products: norms, attention, small layers",
+            "measurements/gpu-engine-h200.json: 60.8 ms for 2048 tokens of Qwen-7B bf16",
+        ),
+        Constant(
+            "qwenfit_prefill_host",
+            0.53e-3,
+            "s per layer and prompt",
+            "time the host needs to launch one layer's kernels of a prompt, which no CUDA graph holds",
+            "measurements/gpu-engine-h200.json: 17.0 ms for 512 tokens of Qwen-7B bf16",
+        ),
+    )
+}
+
 
 def fitted(name: str) -> float:
     """The value of a fitted constant, in its unit."""
@@ -271,3 +299,8 @@ def read(name: str) -> float:
 def goal(name: str) -> float:
     """The value of one of this project's goals, in its unit."""
     return GOALS[name].value
+
+
+def measured(name: str) -> float:
+    """The value of a constant measured on this project's own engine, in its unit."""
+    return MEASURED[name].value

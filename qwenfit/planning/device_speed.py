@@ -11,8 +11,9 @@ from qwenfit.planning.stack import Stack
 MEASURED_READ_SHARE = {
     "A100-SXM4-80GB": 0.834,  # about 1,700 of 2,039 GB/s at 330 W (gpt-fast README @32971d3)
     "H100-SXM5-80GB": 0.925,  # 3.10 of 3.352 TB/s, a large sum (our measurement, driver 580, torch 2.11)
+    "H200-SXM-141GB": 0.90,  # 4.22 to 4.41 of 4.8 TB/s, a large sum (measurements/gpu-*-h200*.json)
 }
-READ_SHARE = 0.88  # cards that nobody measured: the mean of the above
+READ_SHARE = 0.88  # cards that nobody measured: about the mean of the above
 A100_FP32_FLOPS = 19.5e12  # the card that the unpacking time was fitted on
 
 

@@ -112,7 +112,8 @@ def _device_memory(
     place: int,
 ) -> Memory:
     devices = hardware.world_size
-    weights = with_head(config, weight_bytes(config, precision, stack.name), task.head_precision)
+    on_cpu = hardware.device.kind == "cpu"
+    weights = with_head(config, weight_bytes(config, precision, stack.name, on_cpu), task.head_precision, on_cpu)
     layers = split_layers(weights.num_layers, devices)[place]
     last = place == devices - 1
     cache = moment.cached * kv_bytes_per_token(config, task.kv_cache, stack) * stack.cache_copies

@@ -14,6 +14,8 @@ from qwenfit.planning.task import Inference
 from qwenfit.planning.types import BANDWIDTH, COMPUTE, HOST, LINK, Interval, Speed
 from qwenfit.planning.weights import quantized_parameters, weight_bytes, with_head
 
+READ_KINDS = ("plain", "int8", "int4", "cache", "cache_int8")  # weights by precision ("plain": 16 bits), KV cache
+
 
 @dataclass(frozen=True)
 class StepTime:
@@ -41,6 +43,21 @@ def decode_flops(config: ModelConfig) -> int:
     return 2 * (quantized_parameters(config) + config.embedding_parameters)
 
 
+def step_reads(
+    config: ModelConfig, hardware: Hardware, task: Inference, precision: str, stack: Stack
+) -> dict[str, float]:
+    """Bytes that one decode step of all requests reads at their mean context (prompt + half the answer), by kind."""
+    on_cpu = hardware.device.kind == "cpu"
+    weights = with_head(config, weight_bytes(config, precision, stack.name, on_cpu), task.head_precision, on_cpu)
+    layers = weights.layer * weights.num_layers
+    kv = task.batch * (task.prompt + task.generate / 2) * kv_bytes_per_token(config, task.kv_cache, stack)
+    reads = dict.fromkeys(READ_KINDS, 0.0)
+    reads[precision if precision in reads else "plain"] += layers
+    reads[task.head_precision or "plain"] += weights.read_per_token - layers
+    reads["cache_int8" if task.kv_cache == "int8" else "cache"] += kv
+    return reads
+
+
 def decode_step(
     config: ModelConfig,
     hardware: Hardware,
@@ -57,13 +74,15 @@ def decode_step(
     """
     device = hardware.device
     shards = hardware.world_size if parallel == "tensor" else 1
-    weights = with_head(config, weight_bytes(config, precision, stack.name), task.head_precision).read_per_token
-    mean_context = task.prompt + task.generate / 2
-    kv = task.batch * mean_context * kv_bytes_per_token(config, task.kv_cache, stack)
+    reads = step_reads(config, hardware, task, precision, stack)
     quantized = quantized_parameters(config) if precision in ("int8", "int4") else 0
     bandwidth = _decode_bandwidth(hardware, stack, precision)
-    memory = (weights + kv) / bandwidth / shards + quantized * unpack_time(device, stack) / shards
-    memory += config.num_layers * stack.layer_overhead * (1 if device.kind != "cpu" else 0)
+    on_cpu = device.kind == "cpu"
+    shares = {} if on_cpu else stack.read_shares
+    memory = sum(nbytes / shares.get(kind, 1.0) for kind, nbytes in reads.items()) / bandwidth / shards
+    memory += quantized * unpack_time(device, stack) / shards
+    if not on_cpu:
+        memory += config.num_layers * stack.layer_overhead + stack.step_host * host_factor
     compute = decode_flops(config) * task.batch / matmul_flops(device, precision) / shards
     per_layer = stack.decode_host_int4 if precision == "int4" else stack.decode_host
     host = config.num_layers * per_layer * host_factor
@@ -97,7 +116,8 @@ def prefill_seconds(
     compute = (linear + attention) / (matmul_flops(hardware.device, precision) * stack.prefill_share) / shards
     alone = Inference(prompt=1, generate=1, batch=1)
     least = decode_step(config, hardware, alone, precision, stack, parallel, host_factor).total
-    return max(compute, least)
+    host = 0.0 if hardware.device.kind == "cpu" or prompt == 1 else config.num_layers * stack.prefill_host * host_factor
+    return max(compute, least, host)
 
 
 def inference_speed(

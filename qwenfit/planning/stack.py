@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qwenfit.errors import UsageError, nearest
-from qwenfit.planning.constants import fitted, goal, read
+from qwenfit.planning.constants import fitted, goal, measured, read
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,9 @@ class Stack:
     speed_error: float  # relative half-width of the speed interval
     utilization: float | None = None  # vLLM: share of the card that the process takes
     tensor_parallel: bool = False
+    read_shares: dict[str, float] = field(default_factory=dict)  # of a plain read, by kind (inference_speed); else 1
+    step_host: float = 0.0  # s per step that the host adds to the device's time
+    prefill_host: float = 0.0  # s per layer and prompt to launch its kernels
 
 
 STACKS: dict[str, Stack] = {
@@ -45,16 +48,19 @@ STACKS: dict[str, Stack] = {
             kv_int8_with_flash=True,
             decode_host=0.0,
             decode_host_int4=0.0,
-            layer_overhead=goal("qwenfit_layer_overhead"),
+            layer_overhead=measured("qwenfit_layer_gap"),
             bandwidth_share=None,
             unpack=0.0,
-            prefill_share=goal("qwenfit_prefill_share"),
+            prefill_share=measured("qwenfit_prefill_share"),
             train_share=goal("qwenfit_train_share"),
             train_host=goal("qwenfit_train_host"),
             fused_loss=True,
             memory_error=0.02,
             speed_error=0.10,
             tensor_parallel=False,
+            read_shares={k: measured(f"qwenfit_read_{k}") for k in ("plain", "int8", "int4", "cache", "cache_int8")},
+            step_host=measured("qwenfit_step_host"),
+            prefill_host=measured("qwenfit_prefill_host"),
         ),
         Stack(
             name="transformers-4.3x",

@@ -54,24 +54,25 @@ def native_precision(config: ModelConfig) -> str:
     return {"float32": "fp32", "float16": "fp16"}.get(config.dtype, "bf16")
 
 
-def weight_bytes(config: ModelConfig, precision: str, stack: str) -> WeightBytes:
+def weight_bytes(config: ModelConfig, precision: str, stack: str, on_cpu: bool = False) -> WeightBytes:
     """Bytes of the weights in `precision` as `stack` keeps them in memory.
 
     transformers keeps a checkpoint as it is stored; where the checkpoint's own headers are known and in this
     precision, the bytes are those, tensor by tensor. qwenfit and vLLM repack quantized layers: packed integers,
-    a 16-bit scale (qwenfit: and zero) per group, and only the biases that the model has.
+    a 16-bit scale (qwenfit on a CPU: 32-bit) per group, and only the biases that the model has. Zeros are the middle
+    code, as in Qwen's own checkpoints and after rounding to nearest, and take nothing.
     """
     exact = config.tensors is not None and precision == native_precision(config) and _is_stored_layout(config)
     if exact and config.tensors is not None and (config.quantization is None or stack.startswith("transformers")):
         return _by_place(config.tensors, config)
-    return _computed_bytes(config, precision, stack)
+    return _computed_bytes(config, precision, stack, on_cpu)
 
 
 @lru_cache(maxsize=512)
-def _computed_bytes(config: ModelConfig, precision: str, stack: str) -> WeightBytes:
+def _computed_bytes(config: ModelConfig, precision: str, stack: str, on_cpu: bool) -> WeightBytes:
     """As `weight_bytes`, from the architecture alone (tensors are no part of a config's identity)."""
     if precision in ("int8", "int4") and not stack.startswith("transformers"):
-        return _repacked(config, BITS[precision], zeros=stack == "qwenfit")
+        return _repacked(config, BITS[precision], scale_bytes=4 if on_cpu and stack == "qwenfit" else 2)
     quantization = config.quantization
     if precision in ("int8", "int4"):
         if quantization is None or quantization.bits != BITS[precision]:
@@ -104,25 +105,29 @@ def _by_place(tensors: Sequence[TensorInfo], config: ModelConfig) -> WeightBytes
     return WeightBytes(embedding, per_layer, config.num_layers, norm + rest, head)
 
 
-def _repacked(config: ModelConfig, bits: int, zeros: bool) -> WeightBytes:
+def _repacked(config: ModelConfig, bits: int, scale_bytes: int) -> WeightBytes:
     h = config.hidden_size
-    layer = sum(_packed_linear(s, bits, zeros) + (2 * s.out_features if s.bias else 0) for s in config.layer_linears())
+    layer = sum(
+        _packed_linear(s, bits, scale_bytes) + (2 * s.out_features if s.bias else 0) for s in config.layer_linears()
+    )
     layer += 2 * (2 * h + (2 * config.head_dim if config.qk_norm else 0))
     table = 2 * config.embedding_parameters
     return WeightBytes(table, layer, config.num_layers, 2 * h, 0 if config.tie_word_embeddings else table)
 
 
-def _packed_linear(shape: LinearShape, bits: int, zeros: bool) -> int:
+def _packed_linear(shape: LinearShape, bits: int, scale_bytes: int) -> int:
     groups = math.ceil(shape.in_features / GROUP_SIZE)
-    return shape.in_features * shape.out_features * bits // 8 + groups * shape.out_features * (4 if zeros else 2)
+    return shape.in_features * shape.out_features * bits // 8 + groups * shape.out_features * scale_bytes
 
 
-def with_head(config: ModelConfig, weights: WeightBytes, head_precision: str | None) -> WeightBytes:
+def with_head(
+    config: ModelConfig, weights: WeightBytes, head_precision: str | None, on_cpu: bool = False
+) -> WeightBytes:
     """The same with the head quantized by qwenfit; a tied embedding stays as it is beside it."""
     if head_precision is None:
         return weights
     head = LinearShape("lm_head", config.hidden_size, config.vocab_size, False)
-    return replace(weights, head=_packed_linear(head, BITS[head_precision], zeros=True))
+    return replace(weights, head=_packed_linear(head, BITS[head_precision], 4 if on_cpu else 2))
 
 
 def quantized_parameters(config: ModelConfig) -> int:

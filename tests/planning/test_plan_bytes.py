@@ -169,7 +169,7 @@ def test_a_quantized_head_replaces_the_16_bit_one_and_a_tied_embedding_stays() -
         plain = weight_bytes(config, "int4", "qwenfit")
         quantized = with_head(config, plain, "int4")
         rows, width = config.vocab_size, config.hidden_size
-        head = rows * width // 2 + rows * (width // 128) * 4  # 4 bits, and a 16-bit scale and zero per group
+        head = rows * width // 2 + rows * (width // 128) * 2  # 4 bits, and a 16-bit scale per group
         assert quantized.head == head and quantized.embedding == plain.embedding == 2 * rows * width
         assert quantized.total == plain.total + head - (0 if tied else 2 * rows * width)
         assert quantized.read_per_token < plain.read_per_token
