@@ -47,6 +47,8 @@ class LoRALinear(nn.Module):
     def __init__(self, base: Linear, parts: tuple[int, ...], lora: LoRA, in_features: int, dtype: torch.dtype) -> None:
         super().__init__()
         device = (base.weight if base.packed is None else base.packed.scales).device  # type: ignore[union-attr]
+        if device.type == "meta":  # a base that is filled later, by shards
+            device = torch.device("cpu")
         self.base, self.lora = base, lora
         self.lora_A = nn.Parameter(torch.empty(len(parts) * lora.rank, in_features, dtype=dtype, device=device))
         self.lora_B = nn.ParameterList(
