@@ -1,10 +1,17 @@
-"""The engine: many requests, one network, one cache. A step is schedule, run, sample."""
+"""The engine: many requests, one network, one cache. A step is schedule, run, sample.
+
+On a GPU the next step is launched before the tokens of this one are read (lookahead): they stay on the device, and the
+host schedules, samples and writes text while the device computes. The end of an answer is then found one step late,
+and the token that was computed beyond it is dropped; the answers are the same.
+"""
 
 from __future__ import annotations
 
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +22,7 @@ from qwenfit.engine.output import Delta, Stats, TokenLogprob
 from qwenfit.engine.params import SamplingParams
 from qwenfit.engine.request import Request
 from qwenfit.engine.runner import Network, Runner
-from qwenfit.engine.sampler import Sampler
+from qwenfit.engine.sampler import Chosen, Sampler
 from qwenfit.engine.scheduler import Scheduler
 from qwenfit.engine.text import TextStream
 from qwenfit.errors import DoesNotFit, QwenfitError, UsageError
@@ -29,11 +36,20 @@ class QueueFull(QwenfitError):
     """As many requests wait as may wait; try again later."""
 
 
+@dataclass(slots=True)
+class Flight:
+    """A step that has been launched and not yet read."""
+
+    requests: list[Request]  # those that get a token from it
+    chosen: Chosen | None  # None: it has only parts of prompts
+
+
 class Engine:
     """Add requests, then call `step` while there are any. One thread at a time; its memory does not grow.
 
     `max_model_len` (prompt + answer; by default the model's context) is cut to what `cache` holds. Without a tokenizer
-    there is no text, no end of sequence, and every row of the head can be drawn.
+    there is no text, no end of sequence, and every row of the head can be drawn. `lookahead` (default: on a GPU): read
+    a step's tokens after the next one is launched; a step in which a penalty needs them is read at once.
     """
 
     def __init__(
@@ -49,6 +65,7 @@ class Engine:
         max_queue: int | None = None,
         prefix_cache: bool = True,
         device: torch.device | str = "cpu",
+        lookahead: bool | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         max_model_len = config.context_length if max_model_len is None else max_model_len
@@ -75,6 +92,8 @@ class Engine:
         )
         banned = () if tokenizer is None else tokenizer.textless_ids
         self.sampler = Sampler(self.vocab_size, max_num_seqs, self.max_model_len, device, banned)
+        self._ahead = int(device.type == "cuda" if lookahead is None else lookahead)
+        self._flights: deque[Flight] = deque()  # at most one between steps, two within one
         self._ended: list[Delta] = []  # last deltas that the next step hands out
         self._next_id = 0
         self._num_deadlines = 0
@@ -149,34 +168,63 @@ class Engine:
                 self._ended.append(self._end(request, "abort"))
 
     def step(self) -> list[Delta]:
-        """Schedule, run, sample: one token more for each answer that is past its prompt."""
+        """Schedule, run, sample: one token more for each answer that is past its prompt; with lookahead a step late."""
         self._expire()
+        deltas: list[Delta] = []
+        while self._flights and (len(self._flights) > self._ahead or self._next_needs_tokens()):
+            deltas += self._read()
         batch = self.scheduler.schedule()
-        deltas = self._process(batch) if batch else []
+        fits = self._launch(batch) if batch else True
+        while self._flights and (len(self._flights) > self._ahead or not batch or not fits):
+            deltas += self._read()
+        if not fits:
+            alive = [request for request in batch if not request.ended]
+            deltas += [self._end(request, "error", "The device ran out of memory.") for request in alive]
         deltas += self._ended
         self._ended = []
+        if not self.has_work:
+            self._flights.clear()  # a step beyond the end of every answer: nobody waits for it
         return deltas
 
-    def _process(self, batch: list[Request]) -> list[Delta]:
+    def _next_needs_tokens(self) -> bool:
+        """Whether a request waits for the value of a token under way before its next one can be chosen."""
+        return any(request.pending and request.needs_tokens for request in self.scheduler.running)
+
+    def _launch(self, batch: list[Request]) -> bool:
+        """Start the step; False where the device has no memory for it."""
         now = self._clock()
         for request in batch:
             request.stats.started = request.stats.started or now
-        reached = [request for request in batch if request.computed + request.scheduled == len(request.tokens)]
+        reached = [request for request in batch if request.computed + request.scheduled == request.length]
         try:
             logits = self.runner.run(batch)
-            sampled = self.sampler.sample(logits, reached) if logits is not None else ([], None)
+            chosen = None if logits is None else self.sampler.choose(logits, reached)
+            if chosen is not None and self._ahead:
+                self.runner.keep(reached, chosen.tokens)
         except torch.OutOfMemoryError:
-            return [self._end(request, "error", "The device ran out of memory.") for request in batch]
+            self.scheduler.undo(batch)
+            return False
         except BaseException:
             self.scheduler.undo(batch)  # interrupted: the next step does it again
             raise
-        self.scheduler.computed(batch)
-        tokens, logprobs = sampled
+        self.scheduler.launched(batch)
+        for request in reached:
+            request.pending += 1
+        self._flights.append(Flight(reached, chosen))
+        return True
+
+    def _read(self) -> list[Delta]:
+        """Wait for the oldest step and hand its tokens out; answers that have ended meanwhile get none."""
+        flight = self._flights[0]
+        tokens, logprobs = flight.chosen.read() if flight.chosen is not None else ([], None)
+        self._flights.popleft()
         now = self._clock()
-        return [
-            self._accept(request, token, logprobs[i] if logprobs else None, now)
-            for i, (request, token) in enumerate(zip(reached, tokens, strict=True))
-        ]
+        deltas = []
+        for i, (request, token) in enumerate(zip(flight.requests, tokens, strict=True)):
+            request.pending -= 1
+            if not request.ended:
+                deltas.append(self._accept(request, token, logprobs[i] if logprobs else None, now))
+        return deltas
 
     def _all(self) -> list[Request]:
         """Every answer that has not ended."""
@@ -205,7 +253,7 @@ class Engine:
         if token in request.stop_ids:
             reason, delta.stop_reason = "stop", token
         elif text is not None:
-            delta.text = text.push(token, request.num_generated >= request.params.min_tokens)
+            delta.text = text.push(token, stats.completion_tokens >= request.params.min_tokens)
             if text.stopped_by is not None:
                 reason = "stop"
         if reason is None and len(request.tokens) >= request.max_length:

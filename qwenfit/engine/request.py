@@ -31,8 +31,10 @@ class Request:
     # The scheduler's, set when it lets the request in. `computed` tokens have their keys and values in `blocks`; a step
     # adds `scheduled` more.
     running: bool = False
+    ended: bool = False
     computed: int = 0
     scheduled: int = 0
+    pending: int = 0  # tokens that are sampled but still on the device: they follow `tokens`
     blocks: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     shared_blocks: int = 0  # the first of `blocks` that are known to the prefix cache
@@ -41,5 +43,15 @@ class Request:
     tokens_in_table: int = 0
 
     @property
+    def length(self) -> int:
+        """Tokens so far, pending ones included."""
+        return len(self.tokens) + self.pending
+
+    @property
     def num_generated(self) -> int:
-        return len(self.tokens) - self.prompt_length
+        return self.length - self.prompt_length
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the choice of its next token needs the values of all before it: none may be pending."""
+        return self.params.penalised

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qwenfit.engine.request import Request
+from qwenfit.engine.sampler import to_device
 from qwenfit.model.batch import Batch
 from qwenfit.model.kv_cache import PARITY, KVCache
 
@@ -46,7 +47,7 @@ def _decode_graphs(model: Network, cache: KVCache, max_blocks: int, device: torc
 
 def _decodes(request: Request) -> bool:
     """Whether the step computes the request's last token and nothing before it."""
-    return request.scheduled == 1 and request.computed + 1 == len(request.tokens)
+    return request.scheduled == 1 and request.computed + 1 == request.length
 
 
 class Runner:
@@ -66,6 +67,7 @@ class Runner:
         self.block_size = cache.block_size
         self.device = device
         self._graphs = _decode_graphs(model, cache, -(-max_model_len // cache.block_size), device)
+        self._last = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)  # token by row, for those pending
         self._tables = torch.zeros(max_num_seqs, -(-max_model_len // cache.block_size), dtype=torch.int32)
 
     @torch.inference_mode()
@@ -84,16 +86,29 @@ class Runner:
             return None
         return self.model.logits(hidden if rows == len(hidden) else hidden[batch.logits_indices])
 
+    @torch.inference_mode()
+    def keep(self, requests: list[Request], tokens: Tensor) -> None:
+        """Keep the tokens int64 [n] that `requests` were given on the device, where their next step finds them."""
+        rows = to_device(torch.tensor([request.row for request in requests]), self.device)
+        self._last[rows] = tokens.clamp(min=0)
+
+    def _ids(self, numbers: Tensor) -> Tensor:
+        """Token ids, where `-1 - row` stands for the pending token of the request in that row."""
+        return numbers.where(numbers >= 0, self._last[(-1 - numbers).clamp_(min=0)])
+
     def _decode(self, graphs: DecodeGraphs, requests: list[Request]) -> Tensor:
         """The same for requests that bring one token each, as one replay of a CUDA graph."""
         numbers = [
-            [request.tokens[-1] for request in requests],
+            [-1 - request.row if request.pending else request.tokens[-1] for request in requests],
             [request.computed for request in requests],
             [self._slots(request.blocks, request.computed, request.computed + 1)[0] for request in requests],
             [request.computed + 1 for request in requests],
         ]
+        on_device = to_device(torch.tensor(numbers), self.device)
+        if any(request.pending for request in requests):
+            on_device[0] = self._ids(on_device[0])
         tables = self._block_tables(requests).pin_memory()
-        return graphs.run(torch.tensor(numbers).pin_memory(), tables, [request.alpha for request in requests])
+        return graphs.run(on_device, tables, [request.alpha for request in requests])
 
     def _batch(self, requests: list[Request]) -> Batch:
         ids: list[int] = []
@@ -102,21 +117,21 @@ class Runner:
         last: list[int] = []
         for request in requests:
             start, end = request.computed, request.computed + request.scheduled
-            ids += request.tokens[start:end]
+            ids += [-1 - request.row] if request.pending else request.tokens[start:end]
             positions += range(start, end)
             slots += self._slots(request.blocks, start, end)
-            if end == len(request.tokens):
+            if end == request.length:
                 last.append(len(ids) - 1)
         # One copy to the device for the four of them.
         count = len(ids)
-        numbers = self._to_device(torch.tensor([*ids, *positions, *slots, *last]))
+        numbers = to_device(torch.tensor([*ids, *positions, *slots, *last]), self.device)
         input_ids, position_ids, slot_ids, indices = torch.split(numbers, [count, count, count, len(last)])
         return Batch(
-            input_ids=input_ids,
+            input_ids=self._ids(input_ids) if any(request.pending for request in requests) else input_ids,
             positions=position_ids,
             query_lens=[request.scheduled for request in requests],
             context_lens=[request.computed + request.scheduled for request in requests],
-            block_tables=self._to_device(self._block_tables(requests)),
+            block_tables=to_device(self._block_tables(requests), self.device),
             slots=slot_ids,
             ntk_alphas=[request.alpha for request in requests],
             logits_indices=indices,
@@ -145,8 +160,3 @@ class Runner:
             row = requests[0].row
             return self._tables[row : row + 1, :longest]
         return self._tables[:, :longest][[request.row for request in requests]]
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        if self.device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from torch import Tensor
 from qwenfit.engine.output import TokenLogprob
 from qwenfit.engine.request import Request
 
+_SORTED_ROWS = 16  # sorted at once: 100 MB for Qwen's vocabulary
+_NEVER = -1e37  # a logit that is finite, as the greedy kernel wants it, and below all others
 BLOCK = 128  # divides the rows of every Qwen's head: 151,936 and 152,064
 
 
@@ -41,30 +44,42 @@ class Sampler:
         self._table: Tensor | None = None  # [rows, max_model_len] int32: prompt and answer of the penalised
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, requests: list[Request]) -> tuple[list[int], list[TokenLogprob | None] | None]:
-        """One token id per row of `logits` (float32 [n, >= vocab_size], overwritten); -1 where they are not finite.
-
-        Also the log-probabilities of the rows that ask for them, None when no row does.
-        """
+    def choose(self, logits: Tensor, requests: list[Request]) -> Chosen:
+        """One token for each row of `logits` (float32 [n, >= vocab_size], overwritten); the host waits for nothing."""
         params = [request.params for request in requests]
         wanted = [i for i, p in enumerate(params) if p.logprobs is not None]
-        logprobs = logits[wanted].log_softmax(-1) if wanted else None
+        logprobs = self._rows(logits, wanted).log_softmax(-1) if wanted else None
+        if logits.is_cuda and all(p.greedy for p in params) and not any(map(_adjusts, requests)):
+            tokens = self._greedy(logits)
+        else:
+            tokens = self._general(logits, requests)
+        if logprobs is None:
+            return Chosen(tokens)
+        count = min(max(params[i].logprobs or 0 for i in wanted), self.vocab_size)
+        chosen = logprobs.gather(1, tokens[self._int(wanted)].clamp(min=0)[:, None])[:, 0]
+        asked = {i: params[i].logprobs or 0 for i in wanted}
+        return Chosen(tokens, asked, (chosen, *logprobs[:, : self.vocab_size].topk(count)))
+
+    def _greedy(self, logits: Tensor) -> Tensor:
+        """The GPU's kernel for greedy choice: two launches in place of ten."""
+        from qwenfit.kernels.triton.greedy import greedy
+
+        if self._banned is not None:
+            logits.index_fill_(1, self._banned, _NEVER)
+        return greedy(logits, self.vocab_size)
+
+    def _general(self, logits: Tensor, requests: list[Request]) -> Tensor:
         logits[:, self.vocab_size :] = -math.inf
         if self._banned is not None:
             logits.index_fill_(1, self._banned, -math.inf)
         top, ids = row_max(logits)
-        finite = list(map(math.isfinite, top.tolist()))
+        finite = top.isfinite()
         if self._adjust(logits, requests):
             ids = row_max(logits)[1]
-        drawn = [i for i, p in enumerate(params) if not p.greedy]
+        drawn = [i for i, request in enumerate(requests) if not request.params.greedy]
         if drawn:
             self._draw(logits, requests, drawn, ids)
-        tokens: list[int] = ids.tolist()
-        if not all(finite):
-            tokens = [token if ok else -1 for token, ok in zip(tokens, finite, strict=True)]
-        if logprobs is None:
-            return tokens, None
-        return tokens, self._logprobs(logprobs, requests, wanted, tokens)
+        return ids.where(finite, -1)
 
     def _adjust(self, logits: Tensor, requests: list[Request]) -> bool:
         """Bias, penalties and min_tokens, in place; whether there were any."""
@@ -73,7 +88,7 @@ class Sampler:
         ]
         if biased:
             rows, ids, values = zip(*biased, strict=True)
-            logits[self._int(rows), self._int(ids)] += torch.tensor(values, device=self.device)
+            logits[self._int(rows), self._int(ids)] += self._tensor(values, torch.float32)
         penalised = [i for i, r in enumerate(requests) if r.params.penalised]
         if penalised:
             self._penalise(logits, [requests[i] for i in penalised], self._int(penalised))
@@ -132,36 +147,84 @@ class Sampler:
         for i in drawn:
             p = requests[i].params
             (filtered if p.top_k or p.top_p < 1 or p.min_p else free).append(i)
-        for rows, choose in ((free, draw), (filtered, draw_filtered)):
+        # How much of a row a filter may keep is only in the logits: a GPU sorts it all, lest the host waits to know.
+        with_filter = draw_sorted if logits.is_cuda else draw_filtered
+        for rows, choose in ((free, draw), (filtered, with_filter)):
             if rows:
                 chosen = [requests[i] for i in rows]
                 at = self._int(rows)
                 temperature, *knobs = self._floats(
                     chosen, lambda p: p.temperature, lambda p: float(p.top_k), lambda p: p.top_p, lambda p: p.min_p
                 )
-                picked = logits if len(rows) == len(logits) else logits[at]
+                picked = self._rows(logits, rows)
                 scaled = (picked - picked.amax(-1, keepdim=True)).div_(temperature[:, None])
-                u = torch.tensor([uniform(r) for r in chosen], dtype=torch.float64, device=self.device)
+                u = self._tensor([uniform(r) for r in chosen], torch.float64)
                 ids[at] = choose(scaled, u, *knobs)
 
-    def _logprobs(
-        self, logprobs: Tensor, requests: list[Request], wanted: list[int], tokens: list[int]
-    ) -> list[TokenLogprob | None]:
-        count = min(max(requests[i].params.logprobs or 0 for i in wanted), self.vocab_size)
-        chosen = logprobs.gather(1, self._int([max(tokens[i], 0) for i in wanted])[:, None])[:, 0].tolist()
-        values, ids = (t.tolist() for t in logprobs[:, : self.vocab_size].topk(count))
-        result: list[TokenLogprob | None] = [None] * len(requests)
-        for j, i in enumerate(wanted):
-            k = requests[i].params.logprobs
-            result[i] = TokenLogprob(tokens[i], chosen[j], tuple(zip(ids[j][:k], values[j][:k], strict=True)))
-        return result
+    def _rows(self, logits: Tensor, rows: list[int]) -> Tensor:
+        """These rows of `logits`; all of them without a copy."""
+        return logits if len(rows) == len(logits) else logits[self._int(rows)]
 
     def _int(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        return self._tensor(values, torch.int64)
 
     def _floats(self, requests: list[Request], *knobs: Callable[..., float]) -> Tensor:
         """[knobs, requests]: one copy to the device for all of them."""
-        return torch.tensor([[knob(r.params) for r in requests] for knob in knobs], device=self.device)
+        return self._tensor([[knob(r.params) for r in requests] for knob in knobs], torch.float32)
+
+    def _tensor(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
+        return to_device(torch.tensor(values, dtype=dtype), self.device)
+
+
+class Chosen:
+    """What a step chose. The tokens stay on the device for the next step; `read` waits for them.
+
+    Made when the step has been launched: on a GPU it starts the copies to the host that `read` waits for.
+    """
+
+    def __init__(
+        self, tokens: Tensor, asked: dict[int, int] | None = None, logprobs: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> None:
+        """asked: row -> number of likeliest tokens; logprobs: of those rows the chosen token's, and the likeliest."""
+        self.tokens = tokens  # int64 [n]; -1 where the logits are not finite
+        self._asked = asked or {}
+        self._copies = [to_host(tensor) for tensor in (tokens, *(logprobs or ()))]
+        self._event = torch.cuda.Event() if tokens.is_cuda else None
+        if self._event is not None:
+            self._event.record()
+
+    def read(self) -> tuple[list[int], list[TokenLogprob | None] | None]:
+        """One token id for each row, -1 where its logits are not finite.
+
+        Also the log-probabilities of the rows that ask for them, None when no row does.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+        tokens, *logprobs = (copy.tolist() for copy in self._copies)
+        if not self._asked:
+            return tokens, None
+        result: list[TokenLogprob | None] = [None] * len(tokens)
+        for (row, count), chosen, values, ids in zip(self._asked.items(), *logprobs, strict=True):
+            result[row] = TokenLogprob(tokens[row], chosen, tuple(zip(ids[:count], values[:count], strict=True)))
+        return tokens, result
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on `device`; the host does not wait for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """On the CPU, once the device has come so far; a CPU tensor itself."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _adjusts(request: Request) -> bool:
+    """Whether the request's logits are changed before the choice."""
+    params = request.params
+    return bool(params.logit_bias or params.penalised or request.num_generated < params.min_tokens)
 
 
 def row_max(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,6 +291,22 @@ def draw_filtered(scaled: Tensor, u: Tensor, top_k: Tensor, top_p: Tensor, min_p
     total = torch.where(top_k > 0, kept.sum(-1, keepdim=True), total)
     before = kept.cumsum(-1, dtype=torch.float64) - kept
     kept = kept.where(((top_p == 1) | (before < top_p * total)) & (kept >= min_p), 0.0)
+    return ids.gather(1, invert(kept, u)[:, None])[:, 0]
+
+
+def draw_sorted(scaled: Tensor, u: Tensor, *knobs: Tensor) -> Tensor:
+    """`draw_filtered` by sorting whole rows: all shapes are known beforehand, so nothing waits for the device."""
+    pieces = (t.split(_SORTED_ROWS) for t in (scaled, u, *knobs))
+    return torch.cat([_draw_sorted(*piece) for piece in zip(*pieces, strict=True)])
+
+
+def _draw_sorted(scaled: Tensor, u: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    top_k, top_p, min_p = top_k[:, None], top_p[:, None], min_p[:, None]
+    kept, ids = scaled.sort(descending=True, stable=True)
+    kept = kept.exp().where((top_k == 0) | (torch.arange(kept.shape[1], device=kept.device) < top_k), 0.0)
+    cumulative = kept.cumsum(-1, dtype=torch.float64)
+    before = cumulative - kept
+    kept = kept.where(((top_p == 1) | (before < top_p * cumulative[:, -1:])) & (kept >= min_p), 0.0)
     return ids.gather(1, invert(kept, u)[:, None])[:, 0]
 
 

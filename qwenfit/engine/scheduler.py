@@ -15,6 +15,8 @@ class Scheduler:
     prompt longer than what is left of the step goes on in the next. A request is let in when there are blocks for
     all it has so far, so only decoding can run out; then the request let in last gives its blocks back and waits,
     to be computed again. The first one is never stopped, so there is always progress.
+
+    Tokens that are still on the device count, but a request that has all it may have with them waits for them.
     """
 
     def __init__(self, pool: BlockPool, max_num_seqs: int, max_batched_tokens: int, prefix_cache: bool) -> None:
@@ -32,7 +34,7 @@ class Scheduler:
         batch: list[Request] = []
         preemptions = self.num_preemptions
         for request in self.running.copy():
-            if len(request.tokens) - request.computed == 1 and request.running and self._reserve(request):
+            if request.length - request.computed == 1 and self._grows(request) and self._reserve(request):
                 request.scheduled = 1
                 batch.append(request)
         budget = self.max_batched_tokens - len(batch)
@@ -44,8 +46,8 @@ class Scheduler:
                 budget -= self._schedule_prompt(self.running[-1], budget, batch)
         return batch
 
-    def computed(self, batch: list[Request]) -> None:
-        """The step's keys and values are in the cache."""
+    def launched(self, batch: list[Request]) -> None:
+        """Whatever the device does next finds the step's keys and values in the cache."""
         for request in batch:
             request.computed += request.scheduled
             request.scheduled = 0
@@ -62,9 +64,9 @@ class Scheduler:
             request.siblings = []
 
     def publish(self, request: Request) -> None:
-        """Let others share the full blocks. Only after finite logits: a NaN must not be passed on."""
-        full = request.computed // self.pool.block_size
-        if self.prefix_cache and full > request.shared_blocks:
+        """Let others share the blocks that `tokens` fill. Only after finite logits: a NaN must not be passed on."""
+        full = len(request.tokens) // self.pool.block_size
+        if self.prefix_cache and request.running and full > request.shared_blocks:
             self._hash_blocks(request, full)
             for i in range(request.shared_blocks, full):
                 self.pool.publish(request.blocks[i], request.block_hashes[i])
@@ -72,6 +74,7 @@ class Scheduler:
 
     def remove(self, request: Request) -> None:
         """The request has ended, wherever it was."""
+        request.ended = True
         if request.running:
             self.running.remove(request)
             self._give_back(request)
@@ -80,12 +83,16 @@ class Scheduler:
 
     def _schedule_prompt(self, request: Request, budget: int, batch: list[Request]) -> int:
         """Add as much of what is not computed as `budget` allows; returns the tokens added."""
-        count = min(len(request.tokens) - request.computed, budget)
-        if request.scheduled or count <= 0:
+        count = min(request.length - request.computed, budget)
+        if request.scheduled or count <= 0 or not self._grows(request):
             return 0
         request.scheduled = count
         batch.append(request)
         return count
+
+    @staticmethod
+    def _grows(request: Request) -> bool:
+        return request.running and request.length < request.max_length
 
     def _reserve(self, request: Request) -> bool:
         """A block for the next token, if need be from the request let in last; False if that was this one."""
@@ -108,6 +115,8 @@ class Scheduler:
     def _admit(self) -> bool:
         """Move the first waiting request to running if its blocks are there. At least one token stays to compute."""
         request = self.waiting[0]
+        if request.pending:  # stopped while its last token was under way
+            return False
         pool, length = self.pool, len(request.tokens)
         cached: list[int] = []
         if self.prefix_cache:

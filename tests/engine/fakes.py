@@ -14,6 +14,7 @@ BUCKETS = 997
 ROWS = 64  # of the head
 WORDS = 50  # real tokens; the rows beyond are padding, and the likeliest of all
 EOS = 49
+lookahead = False  # of the engines made here
 
 
 def tiny_config(**changes) -> ModelConfig:
@@ -134,7 +135,7 @@ def fake_engine(num_blocks: int = 64, block_size: int = 4, model: FakeModel | No
         options.pop("config", tiny_config()),
         FakeCache(num_blocks, block_size),
         options.pop("tokenizer", FakeTokenizer()),
-        **{"max_num_seqs": 8, "max_batched_tokens": 32, **options},
+        **{"max_num_seqs": 8, "max_batched_tokens": 32, "lookahead": lookahead, **options},
     )
 
 
@@ -159,6 +160,7 @@ def assert_empty(engine: Engine) -> None:
     """Nothing of any request is left, and every block is free."""
     scheduler = engine.scheduler
     assert not scheduler.running and not scheduler.waiting and not engine._ended and not engine._num_deadlines
+    assert not engine._flights
     assert scheduler.pool.num_free == scheduler.pool.num_blocks
     assert not any(scheduler.pool._references)
     assert sorted(scheduler._rows) == list(range(scheduler.max_num_seqs))

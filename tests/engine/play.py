@@ -46,6 +46,7 @@ sizes = st.fixed_dictionaries(
         "max_num_seqs": st.sampled_from([1, 2, 4, 4, 6]),
         "max_batched_tokens": st.sampled_from([6, 7, 11, 64]),
         "prefix_cache": st.sampled_from([True, True, False]),
+        "lookahead": st.booleans(),
     }
 ).map(pools)
 run_settings = settings(

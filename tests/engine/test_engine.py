@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import tracemalloc
 
+import fakes
 import pytest
 import torch
 from fakes import (
@@ -26,6 +27,12 @@ from qwenfit.engine.params import SamplingParams
 from qwenfit.errors import DoesNotFit, UsageError
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["at once", "lookahead"])
+def lookahead(request, monkeypatch):
+    monkeypatch.setattr(fakes, "lookahead", request.param)
+    return request.param
+
+
 def greedy(count: int = 8, **changes) -> SamplingParams:
     return SamplingParams(**{"max_tokens": count, "temperature": 0, "ignore_eos": True, **changes})
 
@@ -35,11 +42,14 @@ def answer(engine, prompt, params, **options) -> list:
     return run_to_end(engine)[request_id, 0]
 
 
-def test_decoding_goes_on_while_a_long_prompt_is_read():
+def test_decoding_goes_on_while_a_long_prompt_is_read(lookahead):
     engine = fake_engine(max_batched_tokens=8)
     first = engine.add([1, 2, 3], greedy(20))
-    engine.step()
+    for _ in range(1 + lookahead):
+        engine.step()
     second = engine.add(list(range(40)), greedy(3))
+    if lookahead:
+        engine.step()  # the token of the step before; the prompt's first part is under way
     steps = []
     while len(steps) < 6:
         steps.append([d.request_id for d in engine.step()])
@@ -102,7 +112,7 @@ def test_a_preempted_sample_goes_on_with_the_same_draws():
     assert [tokens_of(made[request_id, 0]) for request_id in ids] == alone
 
 
-def test_n_answers_read_the_prompt_once():
+def test_n_answers_read_the_prompt_once(lookahead):
     engine = fake_engine()
     prompt = list(range(12))
     request_id = engine.add(prompt, SamplingParams(n=5, max_tokens=4, seed=1, ignore_eos=True))
@@ -110,7 +120,8 @@ def test_n_answers_read_the_prompt_once():
     assert sorted(made) == [(request_id, i) for i in range(5)]
     answers = [tuple(tokens_of(made[request_id, i])) for i in range(5)]
     assert len(set(answers)) > 1 and all(len(a) == 4 for a in answers)
-    assert engine.runner.model.token_counts[:2] == [12, 1 + 4 * 4]  # the others find two blocks of four... and a third
+    # The others find two blocks of four, and compute the third; with lookahead they start when the first has a token.
+    assert engine.runner.model.token_counts[:3] == ([12, 1, 1 + 4 * 4] if lookahead else [12, 1 + 4 * 4, 5])
     assert_empty(engine)
     again = engine.add(prompt, SamplingParams(n=5, max_tokens=4, seed=1, ignore_eos=True))
     made = run_to_end(engine)
@@ -132,6 +143,55 @@ def test_abort_ends_all_n_answers(when):
             break
     assert [made[request_id, i][-1].finish_reason for i in range(3)] == ["abort"] * 3
     assert len(tokens_of(made[other, 0])) == 9
+    assert_empty(engine)
+
+
+def test_answers_do_not_depend_on_when_tokens_are_read(monkeypatch):
+    words = FakeTokenizer().words
+    wanted = [
+        greedy(9),
+        greedy(30, ignore_eos=False, stop=[words[3] + words[5], words[7]], min_tokens=3),
+        SamplingParams(max_tokens=12, seed=4, temperature=1.3, logprobs=2),
+        SamplingParams(max_tokens=14, seed=5, top_p=0.8, top_k=9, min_p=0.01, min_tokens=5),
+        SamplingParams(max_tokens=11, seed=6, repetition_penalty=1.3, frequency_penalty=0.4, n=2),
+        greedy(10, presence_penalty=1.5, logit_bias={4: 3.0}, logprobs=1),
+        SamplingParams(max_tokens=16, seed=7, stop_token_ids=list(range(0, 40, 3)), n=3),
+    ]
+    outcomes = []
+    for ahead in (False, True):
+        monkeypatch.setattr(fakes, "lookahead", ahead)
+        engine = fake_engine(num_blocks=24, max_num_seqs=4, max_batched_tokens=9)
+        ids = [engine.add([i, 2, 3, i, 5, 6, 7], params) for i, params in enumerate(wanted)]
+        made = run_to_end(engine)
+        assert_empty(engine)
+        outcomes.append(
+            [
+                (
+                    tokens_of(made[i, k]),
+                    text_of(made[i, k]),
+                    [d.logprobs for d in made[i, k]],
+                    made[i, k][-1].stop_reason,
+                )
+                for i, params in zip(ids, wanted, strict=True)
+                for k in range(params.n)
+            ]
+        )
+    assert outcomes[0] == outcomes[1]
+
+
+def test_the_host_reads_a_step_while_the_next_one_is_under_way(lookahead):
+    engine = fake_engine()
+    engine.add([1, 2, 3], greedy(5))
+    counts = engine.runner.model.token_counts
+    assert len(engine.step()) == (0 if lookahead else 1) and len(counts) == 1
+    assert len(engine.step()) == 1 and len(counts) == 2
+    run_to_end(engine)
+    assert len(counts) == 5  # the length is known beforehand: nothing is computed beyond it
+    engine.add([1, 2], greedy(5, presence_penalty=0.1))
+    for tokens in (0, 1, 1) if lookahead else (1, 1, 1):  # each step needs the token before it
+        assert len(engine.step()) == tokens and len(engine._flights) == lookahead
+    run_to_end(engine)
+    assert len(counts) == 10
     assert_empty(engine)
 
 

@@ -20,7 +20,7 @@ from transformers import (
 from qwenfit.engine.output import Stats
 from qwenfit.engine.params import SamplingParams
 from qwenfit.engine.request import Request
-from qwenfit.engine.sampler import Sampler, draw, draw_filtered, row_max, uniform
+from qwenfit.engine.sampler import Sampler, draw, draw_filtered, draw_sorted, row_max, uniform
 
 VOCAB = 40
 PROMPT, ANSWER = [3, 5, 5, 9, 11], [2, 5, 2, 2]
@@ -54,13 +54,15 @@ def adjusted(logits: torch.Tensor, *requests: Request) -> torch.Tensor:
     return out
 
 
-def distribution(logits: torch.Tensor, params: SamplingParams, points: int = 2003) -> torch.Tensor:
+def distribution(
+    logits: torch.Tensor, params: SamplingParams, points: int = 2003, with_filter=draw_filtered
+) -> torch.Tensor:
     """What the sampler draws at `points` evenly spaced uniforms: the whole distribution, to 1/points."""
     scaled = ((logits - logits.max()) / params.temperature).expand(points, -1)
     u = (torch.arange(points, dtype=torch.float64) + 0.5) / points
     if params.top_k or params.top_p < 1 or params.min_p:
         knobs = (torch.full((points,), float(v)) for v in (params.top_k, params.top_p, params.min_p))
-        drawn = draw_filtered(scaled, u, *knobs)
+        drawn = with_filter(scaled, u, *knobs)
     else:
         drawn = draw(scaled, u)
     return torch.bincount(drawn, minlength=len(logits)) / points
@@ -91,6 +93,8 @@ def test_filters_are_those_of_transformers(vocab, seed, temperature, top_k, top_
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     expected = transformers_distribution(logits, params)
     assert (distribution(logits, params) - expected).abs().max() < 1.1e-3
+    by_sorting = distribution(logits, params, points=503, with_filter=draw_sorted)
+    assert (by_sorting - expected).abs().max() < 4.1e-3
 
 
 def test_rows_of_one_batch_keep_their_own_filters():
@@ -146,7 +150,7 @@ def test_penalties_follow_the_answer_as_it_grows():
     logits = torch.tensor([3.0, 2.5, 0.0] + [-50.0] * (VOCAB - 3))
     made = []
     for _ in range(6):
-        token = chooser.sample(logits[None].clone(), [growing])[0][0]
+        token = chooser.choose(logits[None].clone(), [growing]).read()[0][0]
         growing.tokens.append(token)
         made.append(token)
     assert made == [0, 1, 0, 1, 2, 0] or made == [0, 1, 0, 1, 0, 2]
@@ -158,7 +162,7 @@ def test_no_stop_before_min_tokens():
     logits[:, 7] = 10.0
     early = request(SamplingParams(temperature=0, min_tokens=5), stop_ids=[7, 8])  # four so far
     late = request(SamplingParams(temperature=0, min_tokens=4), stop_ids=[7, 8], row=1)
-    tokens, _ = sampler().sample(logits, [early, late])
+    tokens, _ = sampler().choose(logits, [early, late]).read()
     assert tokens[0] not in (7, 8) and tokens[1] == 7
 
 
@@ -168,7 +172,7 @@ def test_padding_and_banned_rows_are_never_drawn():
     logits[:, 17] = 1000.0
     params = [SamplingParams(temperature=2.0), SamplingParams(temperature=0), SamplingParams(top_p=0.9)]
     requests = [request(params[i % 3], row=0, seed=i) for i in range(64)]
-    tokens, _ = sampler(100, banned=[17]).sample(logits, requests)
+    tokens, _ = sampler(100, banned=[17]).choose(logits, requests).read()
     assert all(0 <= t < 100 and t != 17 for t in tokens) and len(set(tokens)) > 20
 
 
@@ -180,7 +184,7 @@ def test_logprobs_are_log_softmax_of_the_raw_logits():
         request(SamplingParams(), row=1),
         request(SamplingParams(logprobs=0, temperature=0), row=2),
     ]
-    tokens, logprobs = sampler().sample(logits.clone(), requests)
+    tokens, logprobs = sampler().choose(logits.clone(), requests).read()
     assert tokens[0] == 1 and logprobs[1] is None and logprobs[2].top == ()
     for i in (0, 2):
         assert logprobs[i].token_id == tokens[i]
@@ -195,9 +199,9 @@ def test_logprobs_are_log_softmax_of_the_raw_logits():
 def test_a_row_that_is_not_finite_is_told_and_the_others_are_not_touched(bad, params):
     logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(2))
     requests = [request(SamplingParams(**params), row=i, seed=i) for i in range(3)]
-    good, _ = sampler().sample(logits.clone(), requests)
+    good, _ = sampler().choose(logits.clone(), requests).read()
     logits[1, 5] = bad
-    tokens, _ = sampler().sample(logits, requests)
+    tokens, _ = sampler().choose(logits, requests).read()
     assert tokens == [good[0], -1, good[2]]
 
 
@@ -209,10 +213,10 @@ def test_a_seed_gives_the_same_draw_alone_and_in_a_batch():
         request(SamplingParams(top_p=0.8, seed=-3), row=2),
         request(SamplingParams(seed=6, presence_penalty=1.0), row=3),
     ]
-    together, _ = sampler().sample(logits.clone(), requests)
+    together, _ = sampler().choose(logits.clone(), requests).read()
     for r in requests:
         r.tokens_in_table = 0
-    assert together == [sampler().sample(logits[i : i + 1].clone(), [r])[0][0] for i, r in enumerate(requests)]
+    assert together == [sampler().choose(logits[i : i + 1].clone(), [r]).read()[0][0] for i, r in enumerate(requests)]
 
 
 def test_uniforms_are_uniform_and_differ_with_seed_answer_and_position():
