@@ -10,8 +10,9 @@ demo: $(VENV)/.run
 	$(BIN)/qwenfit plan
 	$(BIN)/qwenfit bench demo --record measurements/local
 
+# A file's tests stay in one process; as many processes as cores, at most 4 for the memory's sake.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TESTS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -108,6 +108,9 @@ def _bpe_encoder(
         from tokenizers.models import BPE
     except ImportError:
         raise missing_extra("tokenizers", "run") from None
+    stray = next((a + b for a, b in merges if a + b not in tokens), None)
+    if stray is not None:  # the library panics where such a text is longer than every token
+        raise BadFile(f"{where}: a merge makes {stray[:40]!r}, which is no token.")
     try:
         # No added tokens are registered here: that is what keeps plain text from ever becoming one.
         tokenizer = Tokenizer(BPE(vocab=tokens, merges=merges))

@@ -125,6 +125,7 @@ FAULTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "token is not byte-level": put("model", "vocab", "中", 999),
     "merge of absent tokens": lambda d: d["model"]["merges"].append(["zzzz", "qqqq"]),
     "merge into an absent token": lambda d: d["model"]["merges"].append(["~", "~"]),
+    "merge longer than every token": lambda d: d["model"]["merges"].append([max(d["model"]["vocab"], key=len)] * 2),
     "merge of three": lambda d: d["model"]["merges"].append(["a", "b", "c"]),
     "merge of one": lambda d: d["model"]["merges"].append("ab"),
     "merge of nothing": lambda d: d["model"]["merges"].append(["a", ""]),
