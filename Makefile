@@ -21,6 +21,7 @@ lint: $(VENV)/.test
 
 fresh: $(VENV)/.test
 	$(BIN)/python -m qwenfit.guide.accuracy --check docs/accuracy.md
+	$(BIN)/python -m qwenfit.bench.guide_page --check docs/measured.md
 
 docs: $(VENV)/.test
 	$(BIN)/python -m qwenfit.guide.accuracy docs/accuracy.md

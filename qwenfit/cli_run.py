@@ -198,7 +198,7 @@ def convert(source: str, target: Path) -> None:
 
 
 @click.command()
-@click.argument("kind", type=click.Choice(["decode", "prefill", "perplexity", "demo"]))
+@click.argument("kind", type=click.Choice(["decode", "prefill", "perplexity", "demo", "guide"]))
 @click.argument("model", required=False)
 @click.option("--precision")
 @click.option("--head-precision", type=click.Choice(["int8", "int4"]))
@@ -215,15 +215,28 @@ def convert(source: str, target: Path) -> None:
 @click.option("--tolerance", type=float, help="exit 6 when a planned figure is off by more than this share")
 @click.option("--record", type=click.Path(path_type=Path), default=Path("measurements"), help="folder of the record")
 @click.option("--no-record", is_flag=True)
+@click.option("--profile", is_flag=True, help="where the time of one decode step goes")
+@click.option("--out", type=click.Path(path_type=Path), help="guide: the page  [docs/measured.md]")
+@click.option("--seconds-per-row", type=float, help="guide: cut longer runs short  [no limit]")
+@click.option("--deadline", type=float, help="guide: start no run after so many seconds  [no limit]")
 @click.option("--json", "as_json", is_flag=True)
 def bench(kind: str, model: str | None, **given: Any) -> int:
-    """Plan and measure MODEL on this machine: decoding, prompts, or the perplexity of a text; `demo` picks the model.
+    """Plan and measure MODEL on this machine: decoding, prompts, or the perplexity of a text; `demo` picks the model,
+    and `guide` runs every row of the guide's inference tables that fits this GPU.
 
     \b
     qwenfit bench decode Qwen-1.8B --precision int4
     qwenfit bench prefill Qwen2.5-0.5B --prompt 512
     qwenfit bench perplexity ./model.gguf --precision int8 --text FILE
+    qwenfit bench guide --seconds-per-row 8
     """
+    page = {name: given.pop(name) for name in ("out", "seconds_per_row", "deadline")}
+    if kind == "guide":
+        from qwenfit.bench.guide_verb import bench_guide
+
+        return bench_guide(model, click.echo, record=given["record"], **page)
+    if any(value is not None for value in page.values()):
+        raise UsageError("--out, --seconds-per-row and --deadline belong to `bench guide`.", "qwenfit bench guide")
     from qwenfit.bench.verb import run_bench
 
     return run_bench(kind, model, make_options, click.echo, **given)

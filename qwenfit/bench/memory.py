@@ -64,6 +64,28 @@ def weight_bytes_of(llm: LLM) -> int:
     return sum(seen.values())
 
 
+def linear_bytes(llm: LLM) -> tuple[int, int]:
+    """Bytes that a decode step reads of plain matrices (the head's too) and of packed ones."""
+    import torch
+
+    from qwenfit.model.linear import Linear
+
+    model = llm.engine.runner.model
+    assert isinstance(model, torch.nn.Module)
+    plain = packed = 0
+    for module in model.modules():
+        if isinstance(module, Linear):
+            plain += sum(parameter.nbytes for parameter in module.parameters())
+            packed += (
+                sum(t.nbytes for t in vars(module.packed).values() if isinstance(t, torch.Tensor))
+                if module.packed is not None
+                else 0
+            )
+    if getattr(model, "lm_head", None) is None:
+        plain += model.embed_tokens.weight.nbytes  # type: ignore[union-attr, operator]
+    return plain, packed
+
+
 def measure_memory(llm: LLM) -> MeasuredMemory:
     """The parts that can be told apart, now; peaks where the device keeps them."""
     import torch

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenfit.catalog import get_model
-from qwenfit.hardware import Hardware, match_detected
+from qwenfit.hardware import Hardware, find_device
 from qwenfit.planning.device_speed import read_bandwidth
 from qwenfit.planning.inference_speed import READ_KINDS, step_reads
 from qwenfit.planning.stack import get_stack
@@ -43,26 +43,20 @@ def steps_of(record: dict[str, Any]) -> Iterator[Step]:
             yield _step(record["hardware"], run["model"], run["precision"], task, run["ms_per_step"] / 1e3, host=0)
     else:
         for row in record["rows"]:
-            if row.get("tokens_per_s") is not None:
-                task = Inference(1, row["generated"], row["batch"], kv_cache=row["kv_cache"])
-                seconds = row["batch"] / row["tokens_per_s"]
+            if row["measured"] is not None:
+                task = Inference(1, row["measured"]["generated"], row["batch"], kv_cache=row["kv_cache"])
+                seconds = row["batch"] / row["measured"]["tokens_per_s"]
                 yield _step(record["hardware"], row["model"], row["precision"], task, seconds, host=1)
 
 
 def _step(card: str, model: str, precision: str, task: Inference, seconds: float, host: int) -> Step:
-    device = match_detected(card, card_bytes(card))
-    assert device is not None, card
+    device = find_device(card)
     stack, config = get_stack("qwenfit"), get_model(model)
     reads = step_reads(config, Hardware(device), task, precision, stack)
     rate = read_bandwidth(device, stack)
     terms = tuple(reads[kind] / rate for kind in READ_KINDS)
     what = f"{model} {precision}, {task.kv_cache} cache, {task.batch} x {task.prompt} + {task.generate}"
     return Step(what, (*terms, config.num_layers, host), seconds)
-
-
-def card_bytes(name: str) -> int:
-    """Memory of a card by the name that the driver gives, for those whose name leaves it out."""
-    return {"NVIDIA H200": 141, "NVIDIA H100 80GB HBM3": 80}[name] * 2**30
 
 
 def fit(steps: Sequence[Step]) -> dict[str, float]:

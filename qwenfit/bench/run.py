@@ -5,11 +5,14 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from qwenfit.bench.cost import Limits, cost_figures, decode_cost, measured_limits, prefill_cost
 from qwenfit.bench.memory import measure_memory, process_bytes
+from qwenfit.bench.profile import KernelUse, Sizes, profile_decode, profile_prefill
 from qwenfit.bench.record import Figure, Record, make_record
+from qwenfit.errors import QwenfitError
 from qwenfit.planning.task import Inference
 from qwenfit.planning.types import Plan
 
@@ -20,48 +23,37 @@ if TYPE_CHECKING:
 WARM_UP_TOKENS = 4
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Tokens of the prompt and of the answer, requests at once, and how often to repeat."""
-
-    prompt: int = 1
-    generate: int = 128
-    batch: int = 1
-    repeat: int = 3
-
-
-def bench(kind: str, options: RunOptions, sizes: Sizes, measure_bandwidth: bool = True) -> Record:
-    """Plan, load, warm up, measure, compare. `kind` is "decode" or "prefill".
+def bench(
+    kind: str, options: RunOptions, sizes: Sizes, profile: bool = False, limits: Limits | None = None
+) -> tuple[Record, list[KernelUse]]:
+    """Plan, load, warm up, measure, compare; `kind` is "decode" or "prefill". Returns the record and, where asked for
+    or needed to count launches (on a GPU), the profile of one decode step, or of the prompts.
 
     On a CPU the plan uses the bandwidth that a plain read reaches in this process just before; other users of the
-    machine then count on both sides.
+    machine then count on both sides. `limits`: measured now where None.
     """
-    from qwenfit.run.planned import load_planned
+    from qwenfit.run.planned import load_planned, plan_run
 
     options = replace(options, context=sizes.prompt + sizes.generate, batch=sizes.batch)
-    before = process_bytes_before(options)
+    device = "cpu" if plan_run(options).hardware.device.kind == "cpu" else "cuda"
+    limits = limits or measured_limits(device)
+    before = process_bytes(device)
     started = time.perf_counter()
     llm, made = load_planned(options)
     load_seconds = time.perf_counter() - started
-    made = plan_for(made, sizes, measured_read() if measure_bandwidth and llm.device == "cpu" else None)
-    _generate(llm, sizes.prompt, WARM_UP_TOKENS if kind == "decode" else 1, 1, seed=0)
-    runs = [_generate(llm, sizes.prompt, sizes.generate, sizes.batch, seed=1 + i) for i in range(sizes.repeat)]
+    made = plan_for(made, sizes, limits.read if device == "cpu" else None)
+    timed_run(llm, sizes.prompt, WARM_UP_TOKENS if kind == "decode" else 1, sizes.batch, seed=0)
+    runs = [timed_run(llm, sizes.prompt, sizes.generate, sizes.batch, seed=1 + i) for i in range(sizes.repeat)]
+    memory = memory_figures(llm, made)
+    uses: list[KernelUse] = []
+    if profile or device == "cuda":
+        uses = profile_decode(llm, sizes) if kind == "decode" else profile_prefill(llm, sizes)
+    launches = sum(use.launches for use in uses) if device == "cuda" and uses else None
     facts: dict[str, Any] = {"prompt": sizes.prompt, "generate": sizes.generate, "batch": sizes.batch}
     facts |= {"repeat": sizes.repeat, "load_seconds": load_seconds, "bytes_before_load": before} | engine_facts(llm)
-    figures = _decode_figures(made, runs, sizes) if kind == "decode" else _prefill_figures(made, runs, sizes)
-    return make_record(kind, made, figures + memory_figures(llm, made), facts)
-
-
-def process_bytes_before(options: RunOptions) -> int:
-    """What the process holds before anything is loaded, on the CPU."""
-    return process_bytes("cpu")
-
-
-def measured_read() -> float:
-    """Bytes/s of a plain read with all threads, now."""
-    from qwenfit.detect import measure_bandwidth
-
-    return measure_bandwidth()
+    facts |= {"limits": asdict(limits), "profile": [asdict(use) for use in uses]}
+    figures = _decode_figures if kind == "decode" else _prefill_figures
+    return make_record(kind, made, figures(made, runs, sizes, limits, launches) + memory, facts), uses
 
 
 def plan_for(made: Plan, sizes: Sizes, bandwidth: float | None) -> Plan:
@@ -78,7 +70,7 @@ def plan_for(made: Plan, sizes: Sizes, bandwidth: float | None) -> Plan:
 
 
 @dataclass(frozen=True)
-class Run:
+class Timed:
     """One measured run: seconds to the first token, tokens/s of decoding for one request, and for all together."""
 
     first: float
@@ -86,8 +78,11 @@ class Run:
     total: float
 
 
-def _generate(llm: LLM, prompt: int, generate: int, batch: int, seed: int) -> Run:
-    """Random prompts (new ones each time, so that no prefix is cached) and greedy answers of a fixed length."""
+def timed_run(llm: LLM, prompt: int, generate: int, batch: int, seed: int) -> Timed:
+    """Random prompts (new ones each time, so that no prefix is cached) and greedy answers of a fixed length.
+
+    Raises QwenfitError when the engine ended an answer early: its time would mean nothing.
+    """
     from qwenfit.engine.params import SamplingParams
 
     source = random.Random(seed)
@@ -97,49 +92,37 @@ def _generate(llm: LLM, prompt: int, generate: int, batch: int, seed: int) -> Ru
     started = time.perf_counter()
     outputs = llm.generate(prompts, params)
     elapsed = time.perf_counter() - started
+    for output in outputs:
+        if output.finish_reason != "length":
+            raise QwenfitError(f"An answer ended early: {output.completions[0].error or output.finish_reason}")
     stats = [output.stats for output in outputs]
     first = statistics.median(s.time_to_first_token for s in stats)
     decode = statistics.median(s.decode_tokens_per_s for s in stats)
-    return Run(first, decode, sum(s.completion_tokens for s in stats) / elapsed)
+    return Timed(first, decode, sum(s.completion_tokens for s in stats) / elapsed)
 
 
-def _decode_figures(made: Plan, runs: list[Run], sizes: Sizes) -> list[Figure]:
-    from qwenfit.planning.inference_memory import kv_bytes_per_token
-    from qwenfit.planning.stack import get_stack
-    from qwenfit.planning.weights import weight_bytes, with_head
-
-    measured = statistics.median(run.decode for run in runs)
-    stack = get_stack(made.stack)
-    assert isinstance(made.task, Inference)
-    weights = with_head(
-        made.model, weight_bytes(made.model, made.precision, made.stack), made.task.head_precision
-    ).read_per_token
-    per_token = kv_bytes_per_token(made.model, made.task.kv_cache, stack)
-    kv = sizes.batch * (sizes.prompt + sizes.generate / 2) * per_token
-    per_second = (weights + kv) * measured
-    device = made.hardware.device
-    figures = [
-        Figure("decode_tokens_per_s", "tokens/s each", made.speed.tokens_per_s_per_request, measured),
-        Figure("bytes_per_s", "GB/s", None, per_second / 1e9),
-        Figure(
-            "bandwidth_share",
-            "of the read measured" if device.detected else "of peak",
-            None,
-            per_second / device.bandwidth,
-        ),
-    ]
+def _decode_figures(made: Plan, runs: list[Timed], sizes: Sizes, limits: Limits, launches: int | None) -> list[Figure]:
+    each = statistics.median(run.decode or run.total / sizes.batch for run in runs)
+    figures = [Figure("decode_tokens_per_s", "tokens/s each", made.speed.tokens_per_s_per_request, each)]
     if sizes.batch > 1:
         total = statistics.median(run.total for run in runs)
         figures.append(Figure("generated_tokens_per_s", "tokens/s all", made.speed.tokens_per_s, total))
-    return figures
+    return figures + cost_figures(decode_cost(made), 1 / each, limits, launches)
 
 
-def _prefill_figures(made: Plan, runs: list[Run], sizes: Sizes) -> list[Figure]:
+def _prefill_figures(made: Plan, runs: list[Timed], sizes: Sizes, limits: Limits, launches: int | None) -> list[Figure]:
     first = statistics.median(run.first for run in runs)
-    return [
+    prompts = sizes.batch * sizes.prompt / first
+    if sizes.batch > 1:  # the plan is for one prompt alone, and the median of many is of half of them
+        return [
+            Figure("time_to_first_token", "s", None, first),
+            Figure("prompt_tokens_per_s", "tokens/s", None, prompts),
+        ]
+    figures = [
         Figure("time_to_first_token", "s", made.speed.time_to_first_token, first),
-        Figure("prompt_tokens_per_s", "tokens/s", made.speed.prompt_tokens_per_s, sizes.prompt / first),
+        Figure("prompt_tokens_per_s", "tokens/s", made.speed.prompt_tokens_per_s, prompts),
     ]
+    return figures + cost_figures(prefill_cost(made), first, limits, launches)
 
 
 def memory_figures(llm: LLM, made: Plan) -> list[Figure]:

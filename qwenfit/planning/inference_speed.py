@@ -100,6 +100,12 @@ def _decode_bandwidth(hardware: Hardware, stack: Stack, precision: str) -> float
     return bandwidth
 
 
+def prefill_flops(config: ModelConfig, prompt: int) -> int:
+    """Floating-point operations of one prompt: linear layers, causal attention, the head for its last token."""
+    linear = 2 * quantized_parameters(config) * prompt + 2 * config.embedding_parameters
+    return linear + 2 * config.num_layers * config.q_size * prompt * prompt
+
+
 def prefill_seconds(
     config: ModelConfig,
     hardware: Hardware,
@@ -111,9 +117,7 @@ def prefill_seconds(
 ) -> float:
     """Seconds until the first token of one prompt alone: products, causal attention, one decode-like pass at least."""
     shards = hardware.world_size if parallel == "tensor" else 1
-    linear = 2 * quantized_parameters(config) * prompt + 2 * config.embedding_parameters
-    attention = 2 * config.num_layers * config.q_size * prompt * prompt
-    compute = (linear + attention) / (matmul_flops(hardware.device, precision) * stack.prefill_share) / shards
+    compute = prefill_flops(config, prompt) / (matmul_flops(hardware.device, precision) * stack.prefill_share) / shards
     alone = Inference(prompt=1, generate=1, batch=1)
     least = decode_step(config, hardware, alone, precision, stack, parallel, host_factor).total
     host = 0.0 if hardware.device.kind == "cpu" or prompt == 1 else config.num_layers * stack.prefill_host * host_factor
