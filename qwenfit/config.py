@@ -39,12 +39,14 @@ class YarnScaling:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: its name, dtype (of DTYPE_BYTES, or a GGUF type name), shape and bytes."""
+    """One stored tensor: its name, dtype (of DTYPE_BYTES, or a GGUF type name), shape, bytes, and where they lie."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    file: str = field(default="", compare=False)  # empty when it was computed, or read over a network
+    offset: int = field(default=0, compare=False)  # bytes from the start of the file
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,9 @@ def config_from_gguf(header: GGUFHeader) -> ModelConfig:
         yarn=yarn,
         dtype={"F32": "float32", "F16": "float16"}.get(_embedding_type(header), "bfloat16"),
         source=str(header.path),
-        tensors=tuple(TensorInfo(t.name, t.type_name, t.shape, t.nbytes) for t in header.tensors),
+        tensors=tuple(
+            TensorInfo(t.name, t.type_name, t.shape, t.nbytes, str(header.path), t.offset) for t in header.tensors
+        ),
     )
     return check_sizes(_with_ntk(config), fields)
 

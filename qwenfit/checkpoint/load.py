@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,12 +14,15 @@ from torch import nn
 from qwenfit.checkpoint.expected import Parameter
 from qwenfit.checkpoint.names import is_layer_linear
 from qwenfit.checkpoint.random_weights import RandomWeights
+from qwenfit.checkpoint.reading import Job, run, scratch
 from qwenfit.checkpoint.resolve import resolve_model
 from qwenfit.checkpoint.weights import FLOAT_DTYPES, CanonicalWeights, WeightSource
 from qwenfit.checkpoint.weights_gguf import GGUFSource
 from qwenfit.checkpoint.weights_safetensors import SafetensorsSource
 from qwenfit.config import ModelConfig
 from qwenfit.errors import NotFound, UsageError
+from qwenfit.kernels import native, pages, rounding
+from qwenfit.kernels.packed import PackedWeight
 from qwenfit.model.linear import Linear
 from qwenfit.model.transformer import Transformer
 from qwenfit.quantize.rtn import quantize_rtn
@@ -27,7 +31,7 @@ from qwenfit.quantize.types import QuantizedWeight
 FLOAT_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INT_PRECISIONS = {"int8": 8, "int4": 4}
 GROUP_SIZE = 128  # of weights that are quantized while loading
-ROUNDED_AT_ONCE = 1 << 20  # weights that are in float32 at once for it; rounding keeps a few copies
+ROUNDED_AT_ONCE = 1 << 20  # weights that a thread has in 16 or 32 bits for it
 
 Progress = Callable[[int, int], None]  # (bytes of the checkpoint done, bytes in all)
 
@@ -63,22 +67,23 @@ def load_model(
     else:
         weights = open_weights(config)
         weights.check_surplus()
-    model = Transformer(config, dtype, "meta")
-    parameters = weights.in_file_order()
-    total = sum(weights.stored_size(parameter) for parameter in parameters)
-    done = 0
-    for parameter in parameters:
-        _fill(model, weights, parameter, bits, head_bits, torch.device(device))
-        done += weights.stored_size(parameter)
-        if progress is not None:
-            progress(done, total)
-    return model.eval(), config
+    loader = Loader(Transformer(config, dtype, "meta"), weights, bits, head_bits, torch.device(device), progress)
+    return loader.load().eval(), config
 
 
 def open_weights(config: ModelConfig) -> CanonicalWeights:
-    """The checked weights of a config that came from files (`config.source`). Raises BadFile or NotFound."""
-    path = Path(config.source)
-    source: WeightSource = GGUFSource(path) if path.suffix.lower() == ".gguf" else SafetensorsSource(path)
+    """The checked weights of a config that came from files, by the headers in it. Raises BadFile or NotFound."""
+    tensors = config.tensors or ()
+    if not tensors or not all(tensor.file for tensor in tensors):
+        raise NotFound(
+            f"{config.source} has a config but no weights.",
+            "Download the weights too, or measure without them: qwenfit bench decode MODEL.",
+        )
+    gguf = Path(config.source).suffix.lower() == ".gguf"
+    try:
+        source: WeightSource = (GGUFSource if gguf else SafetensorsSource)(config.source, tensors)
+    except OSError as error:
+        raise NotFound(f"{error.filename} cannot be read any more ({error.strerror}).") from None
     return CanonicalWeights(source, config)
 
 
@@ -130,46 +135,102 @@ def _bits(precision: str, what: str) -> int:
     return INT_PRECISIONS[precision]
 
 
-def _fill(
-    model: Transformer,
-    weights: CanonicalWeights | RandomWeights,
-    parameter: Parameter,
-    bits: int | None,
-    head_bits: int | None,
-    device: torch.device,
-) -> None:
-    """Put one parameter into its place; a tied head that is quantized is made along with the embedding."""
-    name, dtype = parameter.name, model.dtype
-    if head_bits and name == ("embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"):
-        model.lm_head = _quantized_linear(weights, parameter, head_bits, dtype, device)
-    if name == "lm_head.weight" and head_bits:
-        return
-    if is_layer_linear(name) and bits:
-        plain = model.get_submodule(parameter.module)
-        assert isinstance(plain, Linear)
-        linear = _quantized_linear(weights, parameter, bits, dtype, device)
-        linear.bias = plain.bias  # its own turn comes before or after
-        model.set_submodule(parameter.module, linear)
-        return
-    tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
-    if isinstance(weights, CanonicalWeights) and parameter.quantized:
-        tensor.copy_(weights.quantized(parameter).dequantize(dtype))
-    else:
-        weights.read_rows(parameter, 0, tensor)
-    setattr(model.get_submodule(parameter.module), parameter.suffix, nn.Parameter(tensor, requires_grad=False))
+class Loader:
+    """Fills a network that is on no device yet.
+
+    What is only read, and what round.c rounds, becomes jobs for several threads; every other layer is made at once,
+    one after the other.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        weights: CanonicalWeights | RandomWeights,
+        bits: int | None,
+        head_bits: int | None,
+        device: torch.device,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.weights, self.device = model, weights, device
+        self.bits, self.head_bits = bits, head_bits
+        self.progress = progress
+        self.parameters = weights.in_file_order()
+        self.total = sum(weights.stored_size(parameter) for parameter in self.parameters)
+        self.done = 0
+
+    def load(self) -> Transformer:
+        jobs: list[Job] = []
+        for parameter in self.parameters:
+            todo = self._fill(parameter)
+            if not any(job.nbytes for job in todo):  # it was made at once
+                self._count(self.weights.stored_size(parameter))
+            jobs += todo
+        run(jobs, self._count)
+        return self.model
+
+    def _count(self, nbytes: int) -> None:
+        self.done += nbytes
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+    def _fill(self, parameter: Parameter) -> list[Job]:
+        """Put one parameter into its place; a tied head that is quantized is made along with the embedding."""
+        model, name = self.model, parameter.name
+        jobs: list[Job] = []
+        if self.head_bits and name == ("embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"):
+            model.lm_head, jobs = self._quantized(parameter, self.head_bits)
+            if name == "lm_head.weight":
+                return jobs
+            jobs = [Job(job.work, 0) for job in jobs]  # the same bytes count once
+        if is_layer_linear(name) and self.bits:
+            plain = model.get_submodule(parameter.module)
+            assert isinstance(plain, Linear)
+            linear, jobs = self._quantized(parameter, self.bits)
+            linear.bias = plain.bias  # its own turn comes before or after
+            model.set_submodule(parameter.module, linear)
+            return jobs
+        tensor = pages.empty(parameter.shape, model.dtype, self.device)
+        setattr(model.get_submodule(parameter.module), parameter.suffix, nn.Parameter(tensor, requires_grad=False))
+        if isinstance(self.weights, CanonicalWeights) and not parameter.quantized:
+            return [*jobs, *self.weights.jobs(parameter, 0, tensor)]
+        if isinstance(self.weights, RandomWeights):
+            self.weights.read_rows(parameter, 0, tensor)
+        else:
+            tensor.copy_(self.weights.quantized(parameter).dequantize(model.dtype))
+        return jobs
+
+    def _quantized(self, parameter: Parameter, bits: int) -> tuple[Linear, list[Job]]:
+        """The integer layer of a parameter, and what remains to be done until it holds its numbers."""
+        weights, dtype = self.weights, self.model.dtype
+        if isinstance(weights, CanonicalWeights) and not parameter.quantized:
+            if rounding.usable(bits, dtype, self.device, parameter.shape[1], GROUP_SIZE):
+                packed = rounding.empty(bits, *parameter.shape, GROUP_SIZE)
+                return Linear(None, None, packed), list(_rounding_jobs(weights, parameter, packed))
+            linear = Linear.from_quantized(_quantize(weights, parameter, bits, self.device), None, dtype, self.device)
+        elif isinstance(weights, CanonicalWeights):
+            linear = Linear.from_quantized(weights.quantized(parameter), None, dtype, self.device)
+        else:
+            linear = Linear(None, None, weights.packed(parameter, bits, GROUP_SIZE, dtype, self.device))
+        return linear, []
 
 
-def _quantized_linear(
-    weights: CanonicalWeights | RandomWeights,
-    parameter: Parameter,
-    bits: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Linear:
-    if isinstance(weights, RandomWeights):
-        return Linear(None, None, weights.packed(parameter, bits, GROUP_SIZE, dtype, device))
-    quantized = weights.quantized(parameter) if parameter.quantized else _quantize(weights, parameter, bits, device)
-    return Linear.from_quantized(quantized, None, dtype, device)
+def _rounding_jobs(weights: CanonicalWeights, parameter: Parameter, packed: PackedWeight) -> Iterator[Job]:
+    """Read rows as they are stored and round them where they go, a few blocks of the packed layout at a time."""
+    out_features, in_features = parameter.shape
+    stored = weights.stored_dtype(parameter)
+    dtype = stored if stored in native.DTYPES else torch.float32
+    size = weights.stored_size(parameter)
+    step = max(native.ROWS, ROUNDED_AT_ONCE // in_features // native.ROWS * native.ROWS)
+
+    def work(start: int, stop: int) -> None:
+        rows = scratch("rows", (stop - start) * in_features * dtype.itemsize).view(dtype).view(-1, in_features)
+        for job in weights.jobs(parameter, start, rows):
+            job.work()
+        rounding.round_rows(rows, packed, start)
+
+    for start in range(0, out_features, step):
+        stop = min(start + step, out_features)
+        yield Job(partial(work, start, stop), size * stop // out_features - size * start // out_features)
 
 
 def _quantize(weights: CanonicalWeights, parameter: Parameter, bits: int, device: torch.device) -> QuantizedWeight:

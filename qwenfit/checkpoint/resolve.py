@@ -136,7 +136,7 @@ def _from_folder(folder: Path, name: str) -> ModelConfig:
         if config.quantization is None and (folder / "quantize_config.json").exists():  # AutoGPTQ before 0.5
             config = replace(config, quantization=_read_quantize_config(folder / "quantize_config.json"))
         headers = read_checkpoint_headers(folder)
-        return check_tensors(replace(config, tensors=_tensor_infos(headers))) if headers else config
+        return check_tensors(replace(config, tensors=tensor_infos(headers))) if headers else config
     if len(ggufs) > 1:
         raise UsageError(f"{shown(folder)} holds {len(ggufs)} GGUF files.", f"Name one, e.g. {ggufs[0]}")
     if ggufs:
@@ -149,11 +149,12 @@ def _read_quantize_config(path: Path) -> Quantization:
     return quantization_from(Fields(read_json_object(path), shown(path)))
 
 
-def _tensor_infos(headers: dict[str, SafetensorsHeader]) -> tuple[TensorInfo, ...]:
+def tensor_infos(headers: dict[str, SafetensorsHeader]) -> tuple[TensorInfo, ...]:
+    """Every tensor of the files of a checkpoint, with its place."""
     return tuple(
-        TensorInfo(name, tensor.dtype, tensor.shape, tensor.nbytes)
+        TensorInfo(name, t.dtype, t.shape, t.nbytes, str(header.path), header.data_start + t.begin)
         for header in headers.values()
-        for name, tensor in header.tensors.items()
+        for name, t in header.tensors.items()
     )
 
 

@@ -6,25 +6,19 @@ against a ModelConfig before anything is allocated, then reads canonical paramet
 
 from __future__ import annotations
 
-import io
-import math
-import os
-import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from qwenfit.checkpoint import gptq
 from qwenfit.checkpoint.expected import Parameter, check_layers, check_tensors, stored_parameters, surplus_tensors
+from qwenfit.checkpoint.reading import BLOCK_BYTES, Job, run
 from qwenfit.config import ModelConfig, TensorInfo
 from qwenfit.errors import BadFile
 from qwenfit.quantize.types import QuantizedWeight
 
-BLOCK_BYTES = 1 << 23  # bytes of a stored tensor held at once when it cannot be read straight into its place
-THREADS = min(4, os.cpu_count() or 1)
-_ONE_READER = threading.Lock()
 FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PLAIN_DTYPES = {**FLOAT_DTYPES, "int32": torch.int32}
 
@@ -37,58 +31,16 @@ class WeightSource(Protocol):
     tensors: dict[str, TensorInfo]  # in the order of the file; shapes are torch's, output rows first
 
     def read_rows(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill `out` with rows `start` onwards of a stored tensor, converted to out's dtype and device."""
+        """Fill `out` with rows `start` onwards of a stored tensor, converted to out's dtype and device.
+
+        In the thread of the caller; several threads may call it at once.
+        """
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The type of a stored tensor that holds floating point; float32 when `read_rows` dequantises it to that."""
 
     def is_floating(self, name: str) -> bool:
         """Whether the stored tensor is floating point, or dequantised to it by `read_rows`."""
-
-
-def read_plain_rows(
-    file: io.FileIO, offset: int, stored_dtype: torch.dtype, out: torch.Tensor, staging: torch.Tensor
-) -> None:
-    """Fill `out` from the elements at byte `offset`: straight into its memory where that is possible, else by blocks.
-
-    `staging`: uint8 [BLOCK_BYTES], the caller's to keep, since a new one each time would leave holes in the heap.
-    Raises BadFile when the file ends early (it was changed after its header was checked).
-    """
-    if out.device.type == "cpu" and out.dtype == stored_dtype and out.is_contiguous():
-        read_exactly(file, offset, out)
-        return
-    row_bytes = math.prod(out.shape[1:]) * stored_dtype.itemsize
-    step = max(1, BLOCK_BYTES // row_bytes)
-    for row in range(0, out.shape[0], step):
-        target = out[row : row + step]
-        block = staging[: target.shape[0] * row_bytes].view(stored_dtype).view(target.shape)
-        read_exactly(file, offset + row * row_bytes, block)
-        target.copy_(block)
-
-
-def read_exactly(file: io.FileIO, offset: int, out: torch.Tensor) -> None:
-    """Fill a contiguous CPU tensor with the bytes at `offset`, a large one by several threads. Itself thread-safe."""
-    buffer = memoryview(out.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]  # numpy's stub lacks Buffer
-    if len(buffer) <= BLOCK_BYTES:
-        _read_part(file, offset, buffer)
-        return
-    with ThreadPoolExecutor(THREADS) as pool:  # most of the time goes to the kernel's first touch of each page
-        starts = range(0, len(buffer), BLOCK_BYTES)
-        list(pool.map(lambda at: _read_part(file, offset + at, buffer[at : at + BLOCK_BYTES]), starts))
-
-
-def _read_part(file: io.FileIO, offset: int, part: memoryview) -> None:
-    done = 0
-    while done < len(part):
-        count = _read_at(file, offset + done, part[done:])
-        if not count:
-            raise BadFile(f"{file.name} ends inside a tensor: it changed while it was read.")
-        done += count
-
-
-def _read_at(file: io.FileIO, offset: int, part: memoryview) -> int:
-    if sys.platform != "win32":
-        return os.preadv(file.fileno(), [part], offset)
-    with _ONE_READER:  # Windows has no reads at a position
-        file.seek(offset)
-        return file.readinto(part)
 
 
 class CanonicalWeights:
@@ -120,14 +72,31 @@ class CanonicalWeights:
         position = {name: i for i, name in enumerate(self.source.tensors)}
         return sorted(self.parameters.values(), key=lambda p: min(position[name] for name in p.stored))
 
-    def read_rows(self, parameter: Parameter, start: int, out: torch.Tensor) -> None:
-        """Fill `out` with rows `start` onwards of an unquantized parameter, in out's dtype, on its device."""
+    def jobs(self, parameter: Parameter, start: int, out: torch.Tensor) -> Iterator[Job]:
+        """What `read_rows` has to do, in pieces of at most BLOCK_BYTES (and at least a row) that may run at once."""
         stop = start + out.shape[0]
         for piece in parameter.pieces:
-            first, last = max(start, piece.start), min(stop, piece.stop)
-            if first < last:
-                rows = out[first - start : last - start]
-                self.source.read_rows(f"{piece.stored}.{parameter.suffix}", first - piece.start, rows)
+            name = f"{piece.stored}.{parameter.suffix}"
+            row_bytes = self.source.tensors[name].nbytes // (piece.stop - piece.start)
+            step = max(1, BLOCK_BYTES // row_bytes)
+            last = min(stop, piece.stop)
+            for first in range(max(start, piece.start), last, step):
+                rows = out[first - start : min(first + step, last) - start]
+                read = partial(self.source.read_rows, name, first - piece.start, rows)
+                yield Job(read, row_bytes * rows.shape[0])
+
+    def read_rows(self, parameter: Parameter, start: int, out: torch.Tensor) -> None:
+        """Fill `out` with rows `start` onwards of an unquantized parameter, in out's dtype, on its device."""
+        jobs = list(self.jobs(parameter, start, out))
+        if len(jobs) > 1:
+            run(jobs)
+        elif jobs:
+            jobs[0].work()
+
+    def stored_dtype(self, parameter: Parameter) -> torch.dtype:
+        """The type that all of an unquantized parameter is stored in; float32 where it is dequantised, or mixed."""
+        first, *others = {self.source.dtype_of(name) for name in parameter.stored}
+        return torch.float32 if others else first
 
     def read(self, parameter: Parameter, dtype: torch.dtype) -> torch.Tensor:
         """One whole parameter on the CPU, dequantised when the checkpoint stores it quantized."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import math
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Iterable
 from types import ModuleType
 
 import torch
 
-from qwenfit.checkpoint.headers_gguf import GGML_TYPES, read_gguf_header
-from qwenfit.checkpoint.weights import BLOCK_BYTES, THREADS, read_exactly, read_plain_rows
+from qwenfit.checkpoint.headers_gguf import GGML_TYPES
+from qwenfit.checkpoint.reading import read_exactly, read_plain_rows, scratch
 from qwenfit.config import TensorInfo
 from qwenfit.errors import missing_extra
 
@@ -21,22 +20,26 @@ QUANTIZED = frozenset({
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0", "MXFP4",
     "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M", "IQ4_NL", "IQ4_XS",
 })  # fmt: skip
-BLOCK_ELEMENTS = 1 << 18  # dequantised at once by a thread: the float32 copies that the package makes stay in cache
+# Dequantised at once: the float32 copies that the package makes stay in the caches.
+BLOCK_ELEMENTS = 1 << 18
+_BLOCKS = {name: (number, elements, nbytes) for number, (name, elements, nbytes) in GGML_TYPES.items()}
 
 
 class GGUFSource:
-    """A .gguf file as a `WeightSource`. The header is read and checked on construction."""
+    """The tensors that the header of a .gguf file lists, as a `WeightSource`."""
 
     gguf = True
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = str(path)
-        stored = sorted(read_gguf_header(path).tensors, key=lambda tensor: tensor.offset)
-        self.tensors = {t.name: TensorInfo(t.name, t.type_name, t.shape, t.nbytes) for t in stored}
-        self._stored = {t.name: t for t in stored}
+    def __init__(self, path: str, tensors: Iterable[TensorInfo]) -> None:
+        """`tensors` with their offsets, from a checked header. Raises OSError when the file is gone by now."""
+        self.path = path
+        stored = sorted(tensors, key=lambda tensor: tensor.offset)
+        self.tensors = {tensor.name: tensor for tensor in stored}
         self._file = io.FileIO(path)
-        self._staging = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
-        self._gguf = _package() if any(t.type_name in QUANTIZED for t in stored) else None
+        self._gguf = _package() if any(tensor.dtype in QUANTIZED for tensor in stored) else None
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return PLAIN.get(self.tensors[name].dtype, torch.float32)
 
     def is_floating(self, name: str) -> bool:
         kind = self.tensors[name].dtype
@@ -44,27 +47,23 @@ class GGUFSource:
 
     def read_rows(self, name: str, start: int, out: torch.Tensor) -> None:
         """Fill `out` with rows `start` onwards of a stored tensor, converted to out's dtype and device."""
-        tensor = self._stored[name]
-        _, block_elements, block_bytes = GGML_TYPES[tensor.ggml_type]
-        width = math.prod(out.shape[1:])
+        info = self.tensors[name]
+        number, block_elements, block_bytes = _BLOCKS[info.dtype]
+        width = math.prod(info.shape[1:])
         row_bytes = width // block_elements * block_bytes
-        if tensor.type_name in PLAIN:
-            read_plain_rows(self._file, tensor.offset + start * row_bytes, PLAIN[tensor.type_name], out, self._staging)
+        offset = info.offset + start * row_bytes
+        if info.dtype in PLAIN:
+            read_plain_rows(self._file, offset, PLAIN[info.dtype], out)
             return
         assert self._gguf is not None
-        quantization_type = self._gguf.GGMLQuantizationType(tensor.ggml_type)
-        dequantize = self._gguf.quants.dequantize
+        kind = self._gguf.GGMLQuantizationType(number)
         step = max(1, BLOCK_ELEMENTS // width)
-
-        def fill(row: int) -> None:
+        for row in range(0, out.shape[0], step):
             target = out[row : row + step]
-            raw = torch.empty(target.shape[0] * row_bytes, dtype=torch.uint8)
-            read_exactly(self._file, tensor.offset + (start + row) * row_bytes, raw)
-            values = dequantize(raw.numpy()[None], quantization_type)  # one long row: the package loops over rows
+            raw = scratch("stored", target.shape[0] * row_bytes)
+            read_exactly(self._file, offset + row * row_bytes, raw)
+            values = self._gguf.quants.dequantize(raw.numpy()[None], kind)  # one long row: the package loops over rows
             target.copy_(torch.from_numpy(values).view(target.shape))
-
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(fill, range(0, out.shape[0], step)))
 
 
 def _package() -> ModuleType:

@@ -4,43 +4,36 @@ from __future__ import annotations
 
 import io
 import math
-from pathlib import Path
+from collections.abc import Iterable
 
 import torch
 
-from qwenfit.checkpoint.headers_safetensors import read_checkpoint_headers
-from qwenfit.checkpoint.weights import BLOCK_BYTES, FLOAT_DTYPES, PLAIN_DTYPES, read_plain_rows
+from qwenfit.checkpoint.reading import read_plain_rows
+from qwenfit.checkpoint.weights import FLOAT_DTYPES, PLAIN_DTYPES
 from qwenfit.config import TensorInfo
-from qwenfit.errors import NotFound
 
 
 class SafetensorsSource:
-    """A folder's safetensors files as a `WeightSource`. The headers are read and checked on construction."""
+    """The tensors that the headers of a folder's safetensors files list, as a `WeightSource`."""
 
     gguf = False
 
-    def __init__(self, folder: Path | str) -> None:
-        self.path = str(folder)
-        self.tensors: dict[str, TensorInfo] = {}
-        self._places: dict[str, tuple[io.FileIO, int]] = {}
-        self._staging = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
-        headers = read_checkpoint_headers(folder)
-        if not headers:
-            raise NotFound(
-                f"{folder} has a config but no weights.",
-                "Download the weights too, or measure without them: qwenfit bench decode MODEL.",
-            )
-        for header in headers.values():
-            file = io.FileIO(header.path)
-            for name, stored in sorted(header.tensors.items(), key=lambda item: item[1].begin):
-                self.tensors[name] = TensorInfo(name, stored.dtype, stored.shape, stored.nbytes)
-                self._places[name] = (file, header.data_start + stored.begin)
+    def __init__(self, folder: str, tensors: Iterable[TensorInfo]) -> None:
+        """`tensors` with their files and offsets, from checked headers. Raises OSError when a file is gone by now."""
+        self.path = folder
+        stored = sorted(tensors, key=lambda tensor: (tensor.file, tensor.offset))
+        self.tensors = {tensor.name: tensor for tensor in stored}
+        self._files = {name: io.FileIO(name) for name in sorted({tensor.file for tensor in stored})}
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return PLAIN_DTYPES[self.tensors[name].dtype]
 
     def is_floating(self, name: str) -> bool:
         return self.tensors[name].dtype in FLOAT_DTYPES
 
     def read_rows(self, name: str, start: int, out: torch.Tensor) -> None:
         """Fill `out` with rows `start` onwards of a stored tensor, converted to out's dtype and device."""
-        file, offset = self._places[name]
-        dtype = PLAIN_DTYPES[self.tensors[name].dtype]
-        read_plain_rows(file, offset + start * math.prod(out.shape[1:]) * dtype.itemsize, dtype, out, self._staging)
+        info = self.tensors[name]
+        dtype = self.dtype_of(name)
+        skipped = start * math.prod(info.shape[1:]) * dtype.itemsize
+        read_plain_rows(self._files[info.file], info.offset + skipped, dtype, out)

@@ -11,6 +11,8 @@ from qwenfit.catalog import get_model
 from qwenfit.checkpoint.load import load_model, state_dict
 from qwenfit.checkpoint.resolve import resolve_model
 from qwenfit.errors import NotFound, UsageError
+from qwenfit.kernels import native
+from qwenfit.kernels.linear import dequantize
 from qwenfit.model.linear import Linear
 from qwenfit.quantize.rtn import quantize_rtn
 
@@ -69,17 +71,32 @@ def test_without_a_precision_weights_keep_their_type(tmp_path):
 
 
 @pytest.mark.parametrize(("precision", "bits"), [("int8", 8), ("int4", 4)])
-def test_weights_rounded_while_loading_are_those_rounded_whole(tmp_path, monkeypatch, precision, bits):
-    """Rounding a block of rows at a time, q, k and v apart, equals rounding the fused matrix at once."""
-    monkeypatch.setattr("qwenfit.checkpoint.load.ROUNDED_AT_ONCE", 256 * 50)  # blocks of 50 rows: off the seams
-    seen = {}
-    monkeypatch.setattr("qwenfit.model.linear.pack", lambda q, dtype, device: seen.setdefault(len(seen), q))
-    tensors = qwen2_tensors(qwen2_config())
-    load_model(write_model(tmp_path / "m", qwen2_config(), tensors), precision=precision)
-    fused = torch.cat([tensors[f"model.layers.0.self_attn.{part}_proj.weight"] for part in "qkv"])
-    expected = quantize_rtn(fused, bits, 128)
-    same = [q for q in seen.values() if torch.equal(q.dequantize(), expected.dequantize())]
-    assert len(seen) == 8 and len(same) == 1
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [True, False], ids=["round.c", "torch"])
+def test_weights_rounded_while_loading_are_those_rounded_whole(
+    tmp_path, monkeypatch, compiled, stored, precision, bits
+):
+    """Rounding some rows at a time, q, k and v apart, equals rounding the fused matrix at once."""
+    monkeypatch.setattr("qwenfit.checkpoint.load.ROUNDED_AT_ONCE", 256 * 50)  # 48 or 50 rows: off the seams
+    if compiled and native.why_not():
+        pytest.skip(native.why_not())
+    if not compiled:
+        monkeypatch.setattr("qwenfit.kernels.rounding.usable", lambda *_: False)
+    tensors = qwen2_tensors(config := qwen2_config(), stored)
+    model, _ = load_model(write_model(tmp_path / "m", config, tensors), precision=precision, dtype=torch.bfloat16)
+    for module, parts in (("self_attn.qkv_proj", ("q", "k", "v")), ("mlp.down_proj", ("down",))):
+        published = module.split(".")[0]
+        fused = torch.cat([tensors[f"model.layers.0.{published}.{part}_proj.weight"] for part in parts])
+        packed = model.get_submodule(f"layers.0.{module}").packed
+        assert packed.bits == bits
+        assert torch.equal(dequantize(packed), quantize_rtn(fused, bits, 128).dequantize())
+
+
+def test_a_nan_stays_one_when_it_is_rounded(tmp_path):
+    tensors = qwen2_tensors(config := qwen2_config())
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    model, _ = load_model(write_model(tmp_path / "m", config, tensors), precision="int8")
+    assert dequantize(model.layers[1].mlp.gate_up_proj.packed).isnan().any()
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -10,8 +10,9 @@ from models import qwen2_config, qwen2_tensors, read_model, write_model
 from safetensors.torch import save_file
 
 from qwenfit.checkpoint.expected import check_tensors
+from qwenfit.checkpoint.headers_safetensors import read_checkpoint_headers
 from qwenfit.checkpoint.load import load_model, open_weights
-from qwenfit.checkpoint.resolve import resolve_model
+from qwenfit.checkpoint.resolve import resolve_model, tensor_infos
 from qwenfit.checkpoint.weights import CanonicalWeights
 from qwenfit.checkpoint.weights_safetensors import SafetensorsSource
 from qwenfit.errors import BadFile, NotFound, UsageError
@@ -78,7 +79,7 @@ def weights_of(folder) -> CanonicalWeights:
     from qwenfit.checkpoint.config_json import config_from_dict, read_config_json
 
     config = config_from_dict(read_config_json(folder / "config.json"), "m", str(folder))
-    return CanonicalWeights(SafetensorsSource(folder), config)
+    return CanonicalWeights(SafetensorsSource(str(folder), tensor_infos(read_checkpoint_headers(folder))), config)
 
 
 def test_a_config_of_more_layers_than_tensors_costs_nothing(tmp_path):
