@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -16,6 +17,7 @@ from qwenfit.catalog import read_csv
 from qwenfit.detect import cpu_host, detect_hardware, measure_bandwidth, nvidia_devices, read_limits
 from qwenfit.detect.apple import apple_host
 from qwenfit.detect.bandwidth import _Reader
+from qwenfit.detect.cpu import read_cpuinfo
 from qwenfit.errors import NotFound, QwenfitError, UsageError
 from qwenfit.hardware import GIB, all_devices, capability_notes, cost_key, cpu_names, find_device, with_bandwidth
 
@@ -445,3 +447,19 @@ def test_hardware_imports_nothing_heavy() -> None:
 
 def test_cpu_platform_names_are_distinct() -> None:
     assert len(set(cpu_names())) == len(cpu_names())
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux")
+def test_a_pinned_main_thread_does_not_hide_the_other_cores() -> None:
+    """OpenMP pins every thread of its pool to one core, the main thread with them."""
+    before, mine = read_cpuinfo(), os.sched_getaffinity(0)
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+    try:
+        os.sched_setaffinity(0, {min(mine)})
+        assert read_cpuinfo() == before
+    finally:
+        os.sched_setaffinity(0, mine)
+        done.set()
+        other.join()

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -73,9 +74,7 @@ def read_cpuinfo(root: Path = Path("/"), affinity: Collection[int] | None = None
     """The first processor's model and flags, and the physical cores among the allowed processors."""
     processors = _processors(root)
     first = processors[0] if processors else {}
-    if affinity is None:
-        affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    allowed = set(affinity)
+    allowed = set(_affinity() if affinity is None else affinity)
     cores = set()
     for number, fields in enumerate(processors):
         index = int(fields.get("processor", number))
@@ -90,6 +89,21 @@ def read_cpuinfo(root: Path = Path("/"), affinity: Collection[int] | None = None
         flags=frozenset(flags.split()),
         cores=len(cores) or len(allowed),
     )
+
+
+def _affinity() -> Collection[int]:
+    """The processors of all threads of this process: OpenMP pins each of its own, the main one too, to one."""
+    if not hasattr(os, "sched_getaffinity"):
+        return range(os.cpu_count() or 1)
+    allowed = set(os.sched_getaffinity(0))
+    try:
+        threads = os.listdir("/proc/self/task")
+    except OSError:
+        return allowed
+    for thread in threads:
+        with suppress(OSError):  # it has ended
+            allowed |= os.sched_getaffinity(int(thread))
+    return allowed
 
 
 def _processors(root: Path) -> list[dict[str, str]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qwenfit.config import ModelConfig
 from qwenfit.hardware import Hardware
-from qwenfit.planning.constants import goal, read
+from qwenfit.planning.constants import measured, read
 from qwenfit.planning.device_speed import link_bandwidth, matmul_flops, read_bandwidth, unpack_time
 from qwenfit.planning.inference_memory import kv_bytes_per_token
 from qwenfit.planning.stack import Stack
@@ -76,12 +76,14 @@ def decode_step(
     shards = hardware.world_size if parallel == "tensor" else 1
     reads = step_reads(config, hardware, task, precision, stack)
     quantized = quantized_parameters(config) if precision in ("int8", "int4") else 0
-    bandwidth = _decode_bandwidth(hardware, stack, precision)
+    bandwidth = read_bandwidth(device, stack)
     on_cpu = device.kind == "cpu"
-    shares = {} if on_cpu else stack.read_shares
+    shares = {"int4": measured("qwenfit_cpu_read_int4")} if on_cpu else stack.read_shares
     memory = sum(nbytes / shares.get(kind, 1.0) for kind, nbytes in reads.items()) / bandwidth / shards
     memory += quantized * unpack_time(device, stack) / shards
-    if not on_cpu:
+    if on_cpu:
+        memory += config.num_layers * measured("qwenfit_cpu_layer_gap")
+    else:
         memory += config.num_layers * stack.layer_overhead + stack.step_host * host_factor
     compute = decode_flops(config) * task.batch / matmul_flops(device, precision) / shards
     per_layer = stack.decode_host_int4 if precision == "int4" else stack.decode_host
@@ -91,13 +93,6 @@ def decode_step(
         message = task.batch * 2 * config.hidden_size
         link = 2 * config.num_layers * (read("nccl_latency") + 2 * message / link_bandwidth(hardware))
     return StepTime(memory, compute, host, link)
-
-
-def _decode_bandwidth(hardware: Hardware, stack: Stack, precision: str) -> float:
-    bandwidth = read_bandwidth(hardware.device, stack)
-    if hardware.device.kind == "cpu" and precision in ("int8", "int4"):
-        bandwidth *= goal("qwenfit_cpu_bandwidth_share")
-    return bandwidth
 
 
 def prefill_flops(config: ModelConfig, prompt: int) -> int:
@@ -117,10 +112,12 @@ def prefill_seconds(
 ) -> float:
     """Seconds until the first token of one prompt alone: products, causal attention, one decode-like pass at least."""
     shards = hardware.world_size if parallel == "tensor" else 1
-    compute = prefill_flops(config, prompt) / (matmul_flops(hardware.device, precision) * stack.prefill_share) / shards
+    on_cpu = hardware.device.kind == "cpu"
+    share = measured("qwenfit_cpu_prefill_share") if on_cpu else stack.prefill_share
+    compute = prefill_flops(config, prompt) / (matmul_flops(hardware.device, precision) * share) / shards
     alone = Inference(prompt=1, generate=1, batch=1)
     least = decode_step(config, hardware, alone, precision, stack, parallel, host_factor).total
-    host = 0.0 if hardware.device.kind == "cpu" or prompt == 1 else config.num_layers * stack.prefill_host * host_factor
+    host = 0.0 if on_cpu or prompt == 1 else config.num_layers * stack.prefill_host * host_factor
     return max(compute, least, host)
 
 
