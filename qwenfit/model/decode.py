@@ -1,4 +1,4 @@
-"""A decoding step on a GPU: one new token for each sequence, in six kernels a layer, on buffers that stay in place.
+"""A decoding step on a GPU: one new token for each sequence, in five kernels a layer, on buffers that stay in place.
 
 Nothing in it depends on the host, so a CUDA graph can record it once and replay it for every token.
 """
@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-from qwenfit.kernels.triton.decode_attention import NewTokens, decode_step_attention
+from qwenfit.kernels.triton.decode_attention import NewTokens, arrival_counters, decode_step_attention
 from qwenfit.kernels.triton.int_matvec import BlockedWeight
 from qwenfit.kernels.triton.product import product
-from qwenfit.kernels.triton.rotary_cache import rotary_angles
+from qwenfit.kernels.triton.rotary_cache import embed_with_angles
 from qwenfit.model.kv_cache import KVCache
 from qwenfit.model.linear import Linear
 from qwenfit.model.rotary import inverse_frequencies
@@ -35,6 +35,7 @@ class DecodeStep:
         self._cos = torch.empty(batch, 1, config.head_dim, device=device)
         self._sin = torch.empty(batch, 1, config.head_dim, device=device)
         self._query_scale = torch.ones(batch, 1, 1, dtype=model.dtype, device=device)
+        self._arrived = arrival_counters(batch * config.num_heads, device)
         self._training_length = config.training_length if config.use_logn_attn else None
 
     def set_alphas(self, alphas: Sequence[float]) -> None:
@@ -53,8 +54,10 @@ class DecodeStep:
         """float32 logits [batch, vocab_size]; keys and values of the new tokens enter the cache."""
         model = self.model
         angles = (self._cos, self._sin, self._query_scale)
-        x = model.embed_tokens.weight[self.input_ids]
-        rotary_angles(self.positions, self._inverse, model.rotary.scaling, self._training_length, model.dtype, angles)
+        x = embed_with_angles(
+            self.input_ids, model.embed_tokens.weight, self.positions, self._inverse, model.rotary.scaling,
+            self._training_length, angles,
+        )  # fmt: skip
         for index, layer in enumerate(model.layers):
             assert isinstance(layer, Block)
             x = self._layer(index, layer, x)
@@ -69,7 +72,7 @@ class DecodeStep:
             norms = (attention.q_norm.weight, attention.k_norm.weight)
         scale = None if self._training_length is None else self._query_scale
         centre = attention.key_centre if self.cache.dtype == "int8" else None
-        new = NewTokens(self._cos, self._sin, scale, norms, attention.eps, self.slots, centre)
+        new = NewTokens(self._cos, self._sin, scale, norms, attention.eps, self.slots, centre, self._arrived)
         norm = layer.input_layernorm
         qkv = product(x, weight_of(attention.qkv_proj), attention.qkv_proj.bias, None, norm.weight, norm.eps)
         out = decode_step_attention(

@@ -14,7 +14,7 @@ from qwenfit.kernels.triton.decode_attention import (
     decode_attention_reference,
     decode_step_attention,
 )
-from qwenfit.kernels.triton.rotary_cache import rotary_angles, rotary_cache, rotary_cache_reference
+from qwenfit.kernels.triton.rotary_cache import embed_with_angles, rotary_cache, rotary_cache_reference
 from qwenfit.model.rotary import inverse_frequencies, logn_scale
 
 BLOCK_SIZE = 4
@@ -78,11 +78,13 @@ def test_rotation_and_cache_write(heads: int, kv_heads: int, norms: bool, quanti
         assert error(restored, dequantize_kv(theirs.key, theirs.key_affine, torch.float32)) < 2e-3
 
 
-def test_angles_of_decoding_tokens() -> None:
+def test_embedding_and_angles_of_decoding_tokens() -> None:
     positions = torch.tensor([0, 9, 40], device=DEVICE)
     inverse = torch.stack([inverse_frequencies(16, 1e4, alpha) for alpha in (1.0, 3.0, 7.0)]).to(DEVICE)
     cos, sin, factor = poisoned(3, 1, 16), poisoned(3, 1, 16), poisoned(3, 1, 1)
-    rotary_angles(positions, inverse, 1.5, 20, torch.float32, (cos, sin, factor))
+    ids, table, out = torch.tensor([4, 0, 2], device=DEVICE), random(5, 1030), poisoned(3, 1030)
+    embed_with_angles(ids, table, positions, inverse, 1.5, 20, (cos, sin, factor), out)
+    assert torch.equal(out, table[ids])
     radians = positions[:, None].double() * inverse.double()
     assert torch.allclose(cos[:, 0, :8].double(), radians.cos() * 1.5, atol=1e-5)
     assert torch.allclose(sin[:, 0, :8].double(), -radians.sin() * 1.5, atol=1e-5)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qwenfit.kernels.triton.int_matvec import finish, finish_tile, normalised, row_of_tile
+from qwenfit.kernels.triton.int_matvec import finish, finish_tile, normalised, row_of_tile, tile_operands
 from qwenfit.kernels.triton.launch import options, start_after_previous
 from qwenfit.kernels.triton.tuning import tuned
 
@@ -78,13 +78,16 @@ def _bf16_matvec(
 ):  # fmt: skip
     # Tensors are [inputs, rows of the weight, rows of x].
     tile = tl.program_id(0)
-    row = row_of_tile(tile, OUT, TILE_OUT, GATED)[None, :, None]
-    here = row < OUT
+    row, here = row_of_tile(tile, OUT, TILE_OUT, GATED)
+    row, here = row[None, :, None], here[None, :, None]
     column = tl.arange(0, TILE_IN)[:, None, None]
     batch = tl.arange(0, M)[None, None, :]
     w_at = w_ptr + row.to(tl.int64) * IN + column
     w = tl.load(w_at, mask=here & (column < IN), other=0.0, eviction_policy="evict_first")
     start_after_previous(OVERLAP)
+    bias, residual = tile_operands(
+        tile, bias_ptr, residual_ptr, rows, outputs, OUT, TILE_OUT, M, HAS_BIAS, HAS_RESIDUAL, GATED
+    )
     total = tl.zeros([TILE_IN // 8, TILE_OUT, M], tl.float32)
     squares = tl.zeros([TILE_IN // 8, 1, M], tl.float32)
     for start in range(0, IN, TILE_IN):
@@ -100,4 +103,4 @@ def _bf16_matvec(
     y = tl.sum(total, axis=0)  # [TILE_OUT, M]
     if HAS_NORM:
         y *= tl.rsqrt(tl.sum(squares, axis=0) / IN + eps)
-    finish_tile(y, tile, bias_ptr, residual_ptr, y_ptr, rows, outputs, OUT, TILE_OUT, M, HAS_BIAS, HAS_RESIDUAL, GATED)
+    finish_tile(y, tile, bias, residual, y_ptr, rows, outputs, TILE_OUT, M, HAS_BIAS, HAS_RESIDUAL, GATED)

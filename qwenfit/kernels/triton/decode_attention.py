@@ -6,7 +6,9 @@ tensors and the grid depends on none of them, so a CUDA graph of a step stays ri
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -14,6 +16,7 @@ import triton.language as tl
 
 from qwenfit.kernels.attention import LayerCache
 from qwenfit.kernels.kv_quant import dequantize_kv
+from qwenfit.kernels.triton.decode_heads import ARRIVED_STRIDE, _attend_heads, merge_splits, split_length
 from qwenfit.kernels.triton.launch import INTERPRETED, options, start_after_previous
 from qwenfit.kernels.triton.tuning import tuned
 
@@ -55,7 +58,7 @@ def num_splits(batch: int, kv_heads: int, device: torch.device) -> int:
     """Parts that each sequence is cut into: enough programs to keep every core of the card reading."""
     cores = 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
     wanted = max(1, _PROGRAMS_PER_CORE * cores // (batch * kv_heads))
-    return min(_MAX_SPLITS, 1 << (wanted - 1).bit_length())
+    return min(_MAX_SPLITS, 1 << (wanted.bit_length() - 1))
 
 
 def decode_attention(
@@ -83,6 +86,7 @@ class NewTokens:
     eps: float
     slots: torch.Tensor  # int64 [B], -1 in padding rows
     key_centre: torch.Tensor | None = None  # [kv_heads, head_dim] of q's dtype, taken from rotated keys
+    arrived: torch.Tensor | None = None  # of `arrival_counters`, used by one stream at a time
 
 
 def decode_step_attention(
@@ -118,37 +122,76 @@ def _run(
     config: dict[str, int] | None,
 ) -> torch.Tensor:
     batch, head_dim = q.shape[0], q.shape[-1]
-    size, kv_heads = cache.key.shape[1:3]
-    splits = splits or num_splits(batch, kv_heads, q.device)
+    kv_heads, size = cache.key.shape[2], cache.key.element_size()
+    if config is None and heads == kv_heads:
+        config = tuned("decode_heads", (size, head_dim, batch * heads))
+    elif config is None:
+        config = tuned("decode_attention", (size, head_dim, heads // kv_heads, batch))
+    splits = splits or config.get("splits") or num_splits(batch, kv_heads, q.device)
     if out is None:
         out = torch.empty(batch, heads * head_dim, dtype=q.dtype, device=q.device)
     partial, lse = out, out
     if splits > 1:
         partial = torch.empty(batch, heads, splits, head_dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(batch, heads, splits, dtype=torch.float32, device=q.device)
-    group = heads // kv_heads
-    config = config or tuned("decode_attention", (cache.key.element_size(), head_dim, group, batch))
-    shared = dict(SPLITS=splits, DIM=head_dim, HEADS=heads, TILE=config["tokens"], **options(q))
     q_norm, k_norm = (new.head_norms if new else None) or (None, None)
-    _attend[(splits, kv_heads, batch)](
+    operands = (
         q, new and new.cos, new and new.sin, new and new.query_scale, q_norm, k_norm, new and new.slots,
         new and new.key_centre,
-        cache.key, cache.value, cache.key_affine, cache.value_affine, block_tables, context_lens, partial, lse,
-        scale * 1.4426950408889634, new.eps if new else 0.0, block_tables.stride(0),
-        FUSED=new is not None, HAS_SCALE=new is not None and new.query_scale is not None,
-        HAS_NORM=q_norm is not None, HAS_CENTRE=new is not None and new.key_centre is not None,
-        KV_HEADS=kv_heads, GROUP=group,
-        GROUP_TILE=1 if group == 1 else max(16, triton.next_power_of_2(group)),
-        BLOCK_SIZE=size, QUANTIZED=cache.key_affine is not None, num_warps=config["warps"], **shared,
     )  # fmt: skip
+    quantized = cache.key_affine is not None
+    shared: dict[str, Any] = dict(
+        FUSED=new is not None, HAS_SCALE=new is not None and new.query_scale is not None, HAS_NORM=q_norm is not None,
+        HAS_CENTRE=new is not None and new.key_centre is not None, SPLITS=splits, DIM=head_dim, HEADS=heads,
+        BLOCK_SIZE=cache.key.shape[1], QUANTIZED=quantized, num_warps=config["warps"], **options(q),
+    )  # fmt: skip
+    scale, eps, stride = scale * 1.4426950408889634, new.eps if new else 0.0, block_tables.stride(0)
+    grid = (splits, kv_heads, batch)
+    if heads == kv_heads:
+        vector = _vector(size, head_dim)
+        lanes = triton.next_power_of_2(head_dim // vector)
+        tokens = max(1, 32 * config["warps"] // lanes)  # that the threads of a program read at once
+        rounds = max(1, config["tokens"] // tokens)
+        tile, in_place = rounds * tokens, bool(config.get("last", 1))
+        arrived = new and new.arrived
+        if arrived is None and splits > 1 and in_place:
+            arrived = arrival_counters(batch * heads, q.device)
+        key, value, key_affine, value_affine = cache.key, cache.value, None, None
+        if cache.key_affine is not None and cache.value_affine is not None:  # words of codes; scale and zero as one
+            key, value = key.view(torch.int32), value.view(torch.int32)
+            key_affine, value_affine = cache.key_affine.view(torch.int64), cache.value_affine.view(torch.int64)
+        _attend_heads[grid](
+            *operands, key, value, key_affine, value_affine, block_tables, context_lens, partial, lse, arrived, out,
+            scale, eps, stride, 0,
+            LAST_MERGES=in_place, ROUNDS=rounds, TOKENS=tokens, LANES=lanes, VECTOR=vector, PIECE=min(8, vector),
+            INTERPRETED=INTERPRETED, **shared,
+        )  # fmt: skip
+        if in_place:
+            return out
+    else:
+        tile, group = config["tokens"], heads // kv_heads
+        _attend_groups[grid](
+            *operands, cache.key, cache.value, cache.key_affine, cache.value_affine, block_tables, context_lens,
+            partial, lse, scale, eps, stride, TILE=tile, KV_HEADS=kv_heads, GROUP=group,
+            GROUP_TILE=max(16, triton.next_power_of_2(group)), **shared,
+        )  # fmt: skip
     if splits > 1:
-        _merge[(heads, batch)](partial, lse, context_lens, out, num_warps=4, **shared)
+        _merge[(heads, batch)](
+            partial, lse, context_lens, out, SPLITS=splits, TILE=tile, DIM=head_dim,
+            LANES=triton.next_power_of_2(head_dim), HEADS=heads, ALONE=1 if heads == kv_heads else -1, num_warps=4,
+            **options(q),
+        )  # fmt: skip
     return out
 
 
-@triton.jit
-def _split_length(context, SPLITS: tl.constexpr, TILE: tl.constexpr):
-    return tl.cdiv(tl.cdiv(context, SPLITS), TILE) * TILE
+def _vector(size: int, head_dim: int) -> int:
+    """Numbers that a thread reads of a token: 16 bytes of them where head_dim is a multiple of that."""
+    return math.gcd(16 // size, head_dim)
+
+
+def arrival_counters(heads: int, device: torch.device) -> torch.Tensor:
+    """Where the parts of each head of each sequence count themselves: all zero before and after the kernel."""
+    return torch.zeros(heads * ARRIVED_STRIDE.value, dtype=torch.int32, device=device)
 
 
 @triton.jit
@@ -218,7 +261,7 @@ def _tile(
 
 
 @triton.jit
-def _attend(
+def _attend_groups(
     q_ptr, cos_ptr, sin_ptr, query_scale_ptr, q_norm_ptr, k_norm_ptr, slots_ptr, centre_ptr,
     key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, table_ptr, context_ptr, partial_ptr, lse_ptr,
     scale, eps, table_stride,
@@ -232,7 +275,7 @@ def _attend(
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     d = tl.arange(0, DIM)[None, :]
     context = tl.load(context_ptr + row).to(tl.int32)
-    length = _split_length(context, SPLITS, TILE)
+    length = split_length(context, SPLITS, TILE)
     start = split * length
     past = context - 1 if FUSED else context  # tokens to read from the cache
     stop = tl.minimum(start + length, past)
@@ -274,28 +317,14 @@ def _attend(
             mine = tl.where(owns, 1.0, 0.0)
         else:
             q = tl.load(q_ptr + ((row * HEADS + head) * DIM)[:, None] + d, mask=real, other=0.0).to(tl.float32)
-        if GROUP == 1:
-            # No matrix product, so no tensor cores: each lane keeps its own maximum over the tokens that it meets.
-            top = tl.full([TILE], -1e30, tl.float32)
-            total = tl.zeros([TILE], tl.float32)
-            acc = tl.zeros([TILE, DIM], tl.float32)
-            if FUSED:  # the new token is the first of lane 0
-                is_first = lane == 0
-                top = tl.where(is_first, tl.sum(score, axis=0), top)
-                total = tl.where(is_first, mine, 0.0)
-                acc += total[:, None] * new_v
-            q *= scale
-            q_sum = tl.sum(q)
-            offset = tl.zeros([TILE], tl.float32)  # what the zeros of quantized values take away
-        else:
-            top = tl.full([GROUP_TILE], -1e30, tl.float32)
-            total = tl.zeros([GROUP_TILE], tl.float32)
-            acc = tl.zeros([GROUP_TILE, DIM], tl.float32)
-            if FUSED:
-                top = score
-                total += mine
-                acc += mine * new_v
-            q_dot = q.to(q_ptr.dtype.element_ty)
+        top = tl.full([GROUP_TILE], -1e30, tl.float32)
+        total = tl.zeros([GROUP_TILE], tl.float32)
+        acc = tl.zeros([GROUP_TILE, DIM], tl.float32)
+        if FUSED:
+            top = score
+            total += mine
+            acc += mine * new_v
+        q_dot = q.to(q_ptr.dtype.element_ty)
         for first in range(start, stop, TILE):
             token = first + lane
             here = token < stop
@@ -304,46 +333,24 @@ def _attend(
                 KV_HEADS, BLOCK_SIZE, DIM, QUANTIZED,
             )  # fmt: skip
             block = _block(table_ptr, token + 2 * TILE, stop, BLOCK_SIZE)
-            if GROUP == 1:
-                points = tl.sum(q * k.to(tl.float32), axis=1)
-                if QUANTIZED:
-                    points = key_scale * (points - key_zero * q_sum)
-                points = tl.where(here, points, -1e30)
-                new_top = tl.maximum(top, points)
-                shrink = tl.exp2(top - new_top)
-                p = tl.where(here, tl.exp2(points - new_top), 0.0)
-                total = total * shrink + p
-                if QUANTIZED:
-                    p = p * value_scale
-                    offset = offset * shrink + p * value_zero
-                acc = acc * shrink[:, None] + p[:, None] * v.to(tl.float32)
+            dtype = q_ptr.dtype.element_ty
+            if QUANTIZED:
+                k_dot = ((k.to(tl.float32) - key_zero[:, None]) * key_scale[:, None]).to(dtype)
+                v_dot = ((v.to(tl.float32) - value_zero[:, None]) * value_scale[:, None]).to(dtype)
             else:
-                dtype = q_ptr.dtype.element_ty
-                if QUANTIZED:
-                    k_dot = ((k.to(tl.float32) - key_zero[:, None]) * key_scale[:, None]).to(dtype)
-                    v_dot = ((v.to(tl.float32) - value_zero[:, None]) * value_scale[:, None]).to(dtype)
-                else:
-                    k_dot, v_dot = k.to(dtype), v.to(dtype)
-                points = tl.dot(q_dot, tl.trans(k_dot), input_precision="ieee") * scale
-                points = tl.where(here[None, :], points, -1e30)
-                new_top = tl.maximum(top, tl.max(points, axis=1))
-                shrink = tl.exp2(top - new_top)
-                p = tl.exp2(points - new_top[:, None])
-                total = total * shrink + tl.sum(p, axis=1)
-                acc = tl.dot(p.to(dtype), v_dot, acc * shrink[:, None], input_precision="ieee")
+                k_dot, v_dot = k.to(dtype), v.to(dtype)
+            points = tl.dot(q_dot, tl.trans(k_dot), input_precision="ieee") * scale
+            points = tl.where(here[None, :], points, -1e30)
+            new_top = tl.maximum(top, tl.max(points, axis=1))
+            shrink = tl.exp2(top - new_top)
+            p = tl.exp2(points - new_top[:, None])
+            total = total * shrink + tl.sum(p, axis=1)
+            acc = tl.dot(p.to(dtype), v_dot, acc * shrink[:, None], input_precision="ieee")
             top = new_top
             k, v, key_scale, key_zero, value_scale, value_zero = next_tile
         place = (row * HEADS + head) * SPLITS + split  # [GROUP_TILE]
-        if GROUP == 1:
-            highest = tl.max(top, axis=0)
-            weight = tl.exp2(top - highest)
-            total_of_all = tl.sum(total * weight, axis=0)
-            sums = tl.sum(acc * weight[:, None], axis=0) - tl.sum(offset * weight, axis=0)
-            result = (sums / tl.maximum(total_of_all, 1e-30))[None, :]
-            lse = highest + tl.log2(total_of_all) + tl.zeros([1], tl.float32)
-        else:
-            result = acc / tl.maximum(total, 1e-30)[:, None]
-            lse = top + tl.log2(total)
+        result = acc / tl.maximum(total, 1e-30)[:, None]
+        lse = top + tl.log2(total)
         out = partial_ptr + place.to(tl.int64)[:, None] * DIM + d
         tl.store(out, result.to(partial_ptr.dtype.element_ty), mask=real & (d < DIM))
         if SPLITS > 1:
@@ -353,17 +360,12 @@ def _attend(
 @triton.jit
 def _merge(
     partial_ptr, lse_ptr, context_ptr, out_ptr,
-    SPLITS: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr,
+    SPLITS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr, HEADS: tl.constexpr,
+    ALONE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     head, row = tl.program_id(0), tl.program_id(1)
     context = tl.load(context_ptr + row).to(tl.int32)
+    used = tl.cdiv(context, tl.maximum(split_length(context, SPLITS, TILE), 1))
     start_after_previous(OVERLAP)
-    split = tl.arange(0, SPLITS)
-    used = split * _split_length(context, SPLITS, TILE) < context
-    place = (row * HEADS + head) * SPLITS + split
-    lse = tl.load(lse_ptr + place, mask=used, other=-1e30)
-    weight = tl.where(used, tl.exp2(lse - tl.max(lse, axis=0)), 0.0)
-    d = tl.arange(0, DIM)[None, :]
-    partial = tl.load(partial_ptr + place.to(tl.int64)[:, None] * DIM + d, mask=used[:, None], other=0.0)
-    result = tl.sum(partial * weight[:, None], axis=0) / tl.maximum(tl.sum(weight, axis=0), 1e-30)
-    tl.store(out_ptr + (row * HEADS + head) * DIM + tl.arange(0, DIM), result.to(out_ptr.dtype.element_ty))
+    if used > ALONE:
+        merge_splits(partial_ptr, lse_ptr, out_ptr, row * HEADS + head, used, SPLITS, DIM, LANES)

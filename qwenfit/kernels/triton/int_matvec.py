@@ -18,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from qwenfit.kernels.triton.launch import INTERPRETED, options, start_after_previous
+from qwenfit.kernels.triton.integers import dot_high, dot_low, low_bytes, second_bytes
+from qwenfit.kernels.triton.launch import INTERPRETED, after_loads, options, start_after_previous
 from qwenfit.kernels.triton.layout import block_for, pack_codes, unpack_codes
 from qwenfit.kernels.triton.tuning import tuned
 from qwenfit.quantize.types import QuantizedWeight
@@ -151,13 +152,13 @@ def int_matvec(
     tile_words = min(config["words"], _power_of_two(weight.codes.shape[1]))
     _int_matvec[(programs,)](
         x, weight.codes, weight.scales, weight.zeros, bias, residual, norm, weight.perm, out,
-        rows, eps, outputs, tiles, programs,
+        rows, eps, outputs, tiles, programs, 0,
         IN=weight.in_features, OUT=weight.out_features, BITS=weight.bits, BLOCK=weight.block,
         GROUP_WORDS=weight.group_size * weight.bits // 32, GROUPS=weight.scales.shape[1],
         WORDS=weight.codes.shape[1], HAS_ZEROS=weight.zeros is not None, HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None, HAS_NORM=norm is not None, HAS_PERM=weight.perm is not None,
         GATED=gated, INTERPRETED=INTERPRETED, M=lanes, TILE_OUT=config["rows"], TILE_WORDS=tile_words,
-        num_warps=config["warps"], **options(x),
+        EARLY=bool(config.get("early", 1)), num_warps=config["warps"], **options(x),
     )  # fmt: skip
     return out
 
@@ -208,91 +209,62 @@ def _max_of_quads(x):
 
 
 @triton.jit
-def _low_bytes(a, b, c, d, INTERPRETED: tl.constexpr):
-    """The lowest bytes of four words as one word, a's the lowest."""
-    if INTERPRETED:
-        return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | (d & 255) << 24
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 t, u; prmt.b32 t, $1, $2, 0x0040; prmt.b32 u, $3, $4, 0x0040; prmt.b32 $0, t, u, 0x5410; }",
-            "=r,r,r,r,r", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
+def _quarters(x):
+    """[4 n, rows, m] -> four tensors [n, rows, m]: the four words that a thread holds, each by itself."""
+    fours = tl.permute(x.reshape([x.shape[0] // 4, 2, 2, x.shape[1], x.shape[2]]), (0, 3, 4, 1, 2))
+    even, odd = tl.split(fours)
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
 
 
 @triton.jit
-def _second_bytes(a, b, c, d, INTERPRETED: tl.constexpr):
-    """As `_low_bytes`, of the bytes above the lowest."""
-    if INTERPRETED:
-        return _low_bytes(a >> 8, b >> 8, c >> 8, d >> 8, True)
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 t, u; prmt.b32 t, $1, $2, 0x0051; prmt.b32 u, $3, $4, 0x0051; prmt.b32 $0, t, u, 0x5410; }",
-            "=r,r,r,r,r", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
+def _column(at, j: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WORDS: tl.constexpr):
+    """The column of code j of the words `at`."""
+    return tl.max_contiguous(at // BLOCK_WORDS * BLOCK + at % BLOCK_WORDS, [4, 1, 1]) + j * BLOCK_WORDS
 
 
 @triton.jit
-def _dot_low(codes, x, acc, INTERPRETED: tl.constexpr):
-    """acc + the dot product of four unsigned bytes and four unsigned bytes."""
-    if INTERPRETED:
-        for k in tl.static_range(4):
-            acc += ((codes >> 8 * k) & 255) * ((x >> 8 * k) & 255)
-        return acc
-    else:
-        return tl.inline_asm_elementwise(
-            "dp4a.u32.u32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, acc], dtype=tl.int32, is_pure=True, pack=1
-        )
-
-
-@triton.jit
-def _dot_high(codes, x, acc, INTERPRETED: tl.constexpr):
-    """acc + the dot product of four unsigned bytes and four signed bytes."""
-    if INTERPRETED:
-        for k in tl.static_range(4):
-            acc += ((codes >> 8 * k) & 255) * ((((x >> 8 * k) & 255) ^ 128) - 128)
-        return acc
-    else:
-        return tl.inline_asm_elementwise(
-            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [codes, x, acc], dtype=tl.int32, is_pure=True, pack=1
-        )
-
-
-@triton.jit
-def _activations(
-    x_ptr, norm_ptr, perm_ptr, at, batch, rows,
-    j: tl.constexpr, IN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WORDS: tl.constexpr, WORDS: tl.constexpr,
-    HAS_NORM: tl.constexpr, HAS_PERM: tl.constexpr,
+def _norm_weights(
+    norm_ptr, perm_ptr, at, IN: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WORDS: tl.constexpr,
+    WORDS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_PERM: tl.constexpr,
 ):  # fmt: skip
-    """(x, x times the norm's weight) for code j of the words `at`, float32 [words, 1, rows of x]."""
-    i = tl.max_contiguous(at // BLOCK_WORDS * BLOCK + at % BLOCK_WORDS, [4, 1, 1]) + j * BLOCK_WORDS
-    inside = (i < IN) & (at < WORDS)
-    if HAS_PERM:
-        i = tl.load(perm_ptr + i, mask=inside, other=0)
-    x = tl.load(x_ptr + batch * IN + i, mask=inside & (batch < rows), other=0.0).to(tl.float32)
+    """The norm's weights [words, 1, 1] for each code of the words `at`; an empty tuple without a norm."""
+    norm = ()
     if HAS_NORM:
-        return x, x * tl.load(norm_ptr + i, mask=inside, other=0.0).to(tl.float32)
-    else:
-        return x, x
+        for j in tl.static_range(32 // BITS):
+            i = _column(at, j, BLOCK, BLOCK_WORDS)
+            inside = (i < IN) & (at < WORDS)
+            if HAS_PERM:
+                i = tl.load(perm_ptr + i, mask=inside, other=0)
+            norm = norm + (tl.load(norm_ptr + i, mask=inside, other=0.0),)  # noqa: RUF005
+    return norm
 
 
 @triton.jit
 def _in_bytes(
-    x_ptr, norm_ptr, perm_ptr, at, batch, rows,
+    x_ptr, norm, perm_ptr, at, batch, rows,
     IN: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WORDS: tl.constexpr, WORDS: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_PERM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """The activations of the words `at` as 16-bit integers of a unit that the four words of a thread share.
 
-    Returns words of high bytes and of low bytes (for int4 of the even codes, then of the odd), and of each four words
-    the integers' sum, their unit, and the sum of squares of x before the norm.
+    Returns words of high bytes and of low bytes (for int4 of the even codes, then of the odd), each as the four words
+    of a thread, and of each four words the integers' sum, their unit, and the sum of squares of x before the norm.
     """
     PER_WORD: tl.constexpr = 32 // BITS
     ROUND: tl.constexpr = 12582912.0  # 1.5 * 2^23: added, a float's lowest bits are its nearest integer
     x, top = (), None
     square = None
     for j in tl.static_range(PER_WORD):
-        raw, weighted = _activations(x_ptr, norm_ptr, perm_ptr, at, batch, rows,
-                                     j, IN, BLOCK, BLOCK_WORDS, WORDS, HAS_NORM, HAS_PERM)  # fmt: skip
+        i = _column(at, j, BLOCK, BLOCK_WORDS)
+        inside = (i < IN) & (at < WORDS)
+        if HAS_PERM:
+            i = tl.load(perm_ptr + i, mask=inside, other=0)
+        raw = tl.load(x_ptr + batch * IN + i, mask=inside & (batch < rows), other=0.0).to(tl.float32)
+        weighted = raw
+        if HAS_NORM:
+            weighted = raw * norm[j].to(tl.float32)
         x = x + (weighted,)  # noqa: RUF005
         if j == 0:
             top, square = tl.abs(weighted), raw * raw
@@ -310,115 +282,180 @@ def _in_bytes(
         else:
             total += shifted - ROUND
     if BITS == 4:
-        high = (_second_bytes(r[0], r[2], r[4], r[6], INTERPRETED), _second_bytes(r[1], r[3], r[5], r[7], INTERPRETED))
-        low = (_low_bytes(r[0], r[2], r[4], r[6], INTERPRETED), _low_bytes(r[1], r[3], r[5], r[7], INTERPRETED))
+        high = (_quarters(second_bytes(r[0], r[2], r[4], r[6], INTERPRETED)),
+                _quarters(second_bytes(r[1], r[3], r[5], r[7], INTERPRETED)))  # fmt: skip
+        low = (_quarters(low_bytes(r[0], r[2], r[4], r[6], INTERPRETED)),
+               _quarters(low_bytes(r[1], r[3], r[5], r[7], INTERPRETED)))  # fmt: skip
     else:
-        high = (_second_bytes(r[0], r[1], r[2], r[3], INTERPRETED),)
-        low = (_low_bytes(r[0], r[1], r[2], r[3], INTERPRETED),)
+        high = (_quarters(second_bytes(r[0], r[1], r[2], r[3], INTERPRETED)),)
+        low = (_quarters(low_bytes(r[0], r[1], r[2], r[3], INTERPRETED)),)
     return high, low, sum_quads(total), sum_quads(top) * (0.25 / 32767.0), sum_quads(square)
+
+
+@triton.jit
+def _dot_quads(words, high, low, origin, M: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Codes times activations, summed over the four words that a thread holds; exact. For int4, 16 times that."""
+    parts = _quarters(words)
+    zero = tl.zeros([words.shape[0] // 4, words.shape[1], M], tl.int32) + origin
+    if BITS == 4:
+        # The odd codes stay where they are in their bytes, four bits up, and the even ones are moved up at the end.
+        high_even, high_odd, low_even, low_odd = zero, zero, zero, zero
+        for k in tl.static_range(4):
+            even, odd = parts[k] & 0x0F0F0F0F, parts[k] & -0x0F0F0F10
+            high_even = dot_high(even, high[0][k], high_even, INTERPRETED)
+            high_odd = dot_high(odd, high[1][k], high_odd, INTERPRETED)
+            low_even = dot_low(even, low[0][k], low_even, INTERPRETED)
+            low_odd = dot_low(odd, low[1][k], low_odd, INTERPRETED)
+        return (high_even << 12) + (high_odd << 8) + (low_even << 4) + low_odd
+    else:
+        high_sum, low_sum = zero, zero
+        for k in tl.static_range(4):
+            high_sum = dot_high(parts[k], high[0][k], high_sum, INTERPRETED)
+            low_sum = dot_low(parts[k], low[0][k], low_sum, INTERPRETED)
+        return (high_sum << 8) + low_sum
+
+
+@triton.jit
+def _weight_tile(
+    w_ptr, scale_ptr, zero_ptr, tile, start, word, quad,
+    OUT: tl.constexpr, TILE_OUT: tl.constexpr, WORDS: tl.constexpr, GROUP_WORDS: tl.constexpr, GROUPS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """Words, scales and zeros of a tile, from word `start` on. Words that are not there are anything."""
+    row, here = row_of_tile(tile, OUT, TILE_OUT, GATED)
+    row, here = row[None, :, None], here[None, :, None]
+    words = tl.load(w_ptr + row * WORDS + (start + word), mask=here & (start + word < WORDS),
+                    eviction_policy="evict_first")  # fmt: skip
+    first = start + quad * 4
+    group = row * GROUPS + first // GROUP_WORDS
+    some = here & (first < WORDS)
+    scale = tl.load(scale_ptr + group, mask=some, other=0.0)
+    zero = scale
+    if HAS_ZEROS:
+        zero = tl.load(zero_ptr + group, mask=some, other=0)
+    return words, scale, zero
 
 
 @triton.jit
 def _int_matvec(
     x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, residual_ptr, norm_ptr, perm_ptr, y_ptr,
-    rows, eps, outputs, tiles, programs,
+    rows, eps, outputs, tiles, programs, nought,
     IN: tl.constexpr, OUT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
     GROUP_WORDS: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
     HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr,
     HAS_PERM: tl.constexpr, GATED: tl.constexpr, INTERPRETED: tl.constexpr,
-    M: tl.constexpr, TILE_OUT: tl.constexpr, TILE_WORDS: tl.constexpr, OVERLAP: tl.constexpr,
+    M: tl.constexpr, TILE_OUT: tl.constexpr, TILE_WORDS: tl.constexpr, EARLY: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     # Tensors are [words or quads of words, rows of the weight, rows of x]: with the input first, Triton gives every
     # load the same layout, a thread four consecutive words, and nothing goes through shared memory but the last sum.
     BLOCK_WORDS: tl.constexpr = BLOCK * BITS // 32
     WHOLE: tl.constexpr = TILE_WORDS >= WORDS  # a program holds all of x, and keeps it for all of its tiles
+    FACTOR: tl.constexpr = 16 if BITS == 4 else 1  # of `_dot_quads`
     word = tl.arange(0, TILE_WORDS)[:, None, None]
     quad = tl.arange(0, TILE_WORDS // 4)[:, None, None]
     batch = tl.arange(0, M)[None, None, :]
-    first_row = row_of_tile(tl.program_id(0), OUT, TILE_OUT, GATED)[None, :, None]
-    words = tl.load(w_ptr + first_row * WORDS + word, mask=(first_row < OUT) & (word < WORDS), other=0,
-                    eviction_policy="evict_first")  # fmt: skip
+    words, scale, zero = _weight_tile(w_ptr, scale_ptr, zero_ptr, tl.program_id(0), 0, word, quad,
+                                      OUT, TILE_OUT, WORDS, GROUP_WORDS, GROUPS, HAS_ZEROS, GATED)  # fmt: skip
+    norm = _norm_weights(norm_ptr, perm_ptr, word, IN, BITS, BLOCK, BLOCK_WORDS, WORDS, HAS_NORM and WHOLE, HAS_PERM)
     start_after_previous(OVERLAP)
     if WHOLE:
         high, low, sums, unit, squares = _in_bytes(
-            x_ptr, norm_ptr, perm_ptr, word, batch, rows,
+            x_ptr, norm, perm_ptr, word, batch, rows,
             IN, BITS, BLOCK, BLOCK_WORDS, WORDS, HAS_NORM, HAS_PERM, INTERPRETED,
         )  # fmt: skip
+        if HAS_NORM:
+            inverse = tl.rsqrt(tl.sum(squares, axis=0) / IN + eps)  # [1, M]
     for tile in range(tl.program_id(0), tiles, programs):
-        row = row_of_tile(tile, OUT, TILE_OUT, GATED)[None, :, None]
+        bias, residual = tile_operands(
+            tile, bias_ptr, residual_ptr, rows, outputs, OUT, TILE_OUT, M, HAS_BIAS, HAS_RESIDUAL, GATED
+        )
         total = tl.zeros([TILE_WORDS // 4, TILE_OUT, M], tl.float32)
         if not WHOLE:
             squares = tl.zeros([TILE_WORDS // 4, 1, M], tl.float32)
         for start in range(0, WORDS, TILE_WORDS):
             last = start + TILE_WORDS >= WORDS
-            next_row = row_of_tile(tl.where(last, tile + programs, tile), OUT, TILE_OUT, GATED)[None, :, None]
-            next_word = tl.where(last, 0, start + TILE_WORDS) + word
-            following = tl.load(w_ptr + next_row * WORDS + next_word, mask=(next_row < OUT) & (next_word < WORDS),
-                                other=0, eviction_policy="evict_first")  # fmt: skip
+            next_tile = tl.where(last, tile + programs, tile)
+            next_words, next_scale, next_zero, origin = words, scale, zero, nought
+            if next_tile < tiles:
+                next_words, next_scale, next_zero = _weight_tile(
+                    w_ptr, scale_ptr, zero_ptr, next_tile, tl.where(last, 0, start + TILE_WORDS),
+                    word, quad, OUT, TILE_OUT, WORDS, GROUP_WORDS, GROUPS, HAS_ZEROS, GATED,
+                )  # fmt: skip
+                if EARLY:
+                    origin = after_loads(nought, INTERPRETED)
             if not WHOLE:
+                norm = _norm_weights(norm_ptr, perm_ptr, start + word,
+                                     IN, BITS, BLOCK, BLOCK_WORDS, WORDS, HAS_NORM, HAS_PERM)  # fmt: skip
                 high, low, sums, unit, square = _in_bytes(
-                    x_ptr, norm_ptr, perm_ptr, start + word, batch, rows,
+                    x_ptr, norm, perm_ptr, start + word, batch, rows,
                     IN, BITS, BLOCK, BLOCK_WORDS, WORDS, HAS_NORM, HAS_PERM, INTERPRETED,
                 )  # fmt: skip
                 squares += square
-            acc = tl.zeros([TILE_WORDS, TILE_OUT, M], tl.int32)
-            if BITS == 4:
-                even, odd = words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F
-                acc = _dot_high(even, high[0], acc, INTERPRETED)
-                acc = _dot_high(odd, high[1], acc, INTERPRETED) << 8
-                acc = _dot_low(even, low[0], acc, INTERPRETED)
-                acc = _dot_low(odd, low[1], acc, INTERPRETED)
-            else:
-                acc = _dot_high(words, high[0], acc, INTERPRETED) << 8
-                acc = _dot_low(words, low[0], acc, INTERPRETED)
-            first = start + quad * 4
-            group = row * GROUPS + first // GROUP_WORDS
-            some = (row < OUT) & (first < WORDS)
-            scale = tl.load(scale_ptr + group, mask=some, other=0.0).to(tl.float32)
+            dots = _dot_quads(words, high, low, origin, M, BITS, INTERPRETED).to(tl.float32) * (unit / FACTOR)
             if HAS_ZEROS:
-                zero = tl.load(zero_ptr + group, mask=some, other=0).to(tl.float32)
+                dots -= unit * sums * zero.to(tl.float32)
             else:
-                zero = 2.0 ** (BITS - 1)
-            total += scale * (unit * (sum_quads(acc).to(tl.float32) - sums * zero))
-            words = following
+                dots -= unit * sums * 2.0 ** (BITS - 1)
+            total += scale.to(tl.float32) * dots
+            words, scale, zero = next_words, next_scale, next_zero
         y = tl.sum(total, axis=0)  # [TILE_OUT, M]
         if HAS_NORM:
-            y *= tl.rsqrt(tl.sum(squares, axis=0) / IN + eps)
-        finish_tile(
-            y, tile, bias_ptr, residual_ptr, y_ptr, rows, outputs,
-            OUT, TILE_OUT, M, HAS_BIAS, HAS_RESIDUAL, GATED,
-        )  # fmt: skip
+            if not WHOLE:
+                inverse = tl.rsqrt(tl.sum(squares, axis=0) / IN + eps)
+            y *= inverse
+        finish_tile(y, tile, bias, residual, y_ptr, rows, outputs, TILE_OUT, M, HAS_BIAS, HAS_RESIDUAL, GATED)
 
 
 @triton.jit
 def row_of_tile(tile, OUT: tl.constexpr, TILE_OUT: tl.constexpr, GATED: tl.constexpr):
-    """The rows of the weight in a tile; OUT and above: none. A gate's row stands beside its partner."""
-    i = tile * TILE_OUT + tl.arange(0, TILE_OUT)
+    """The rows of the weight in a tile, and whether they are there. A gate's row stands beside its partner."""
+    lane = tl.arange(0, TILE_OUT)
+    here = tile * TILE_OUT + lane < OUT
     if GATED:
-        return tl.where(i < OUT, (i % 2) * (OUT // 2) + i // 2, OUT)
+        return tile * (TILE_OUT // 2) + (lane // 2 + lane % 2 * (OUT // 2)), here
     else:
-        return i
+        return tile * TILE_OUT + lane, here
+
+
+@triton.jit
+def _outputs_of_tile(tile, rows, outputs, TILE_OUT: tl.constexpr, M: tl.constexpr, GATED: tl.constexpr):
+    """Where a tile's outputs [its outputs, M] stand in y [rows, outputs], and whether they are there."""
+    OUTPUTS: tl.constexpr = TILE_OUT // 2 if GATED else TILE_OUT
+    batch = tl.arange(0, M)[None, :]
+    output = tile * OUTPUTS + tl.arange(0, OUTPUTS)[:, None]
+    return batch * outputs + output, (batch < rows) & (output < outputs)
+
+
+@triton.jit
+def tile_operands(
+    tile, bias_ptr, residual_ptr, rows, outputs,
+    OUT: tl.constexpr, TILE_OUT: tl.constexpr, M: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
+):  # fmt: skip
+    """The bias [TILE_OUT] and the residual of a tile; loaded before its products, so that they are there in the end."""
+    bias, residual = 0.0, 0.0
+    if HAS_BIAS:
+        row, here = row_of_tile(tile, OUT, TILE_OUT, GATED)
+        bias = tl.load(bias_ptr + row, mask=here, other=0.0)
+    if HAS_RESIDUAL:
+        place, there = _outputs_of_tile(tile, rows, outputs, TILE_OUT, M, GATED)
+        residual = tl.load(residual_ptr + place, mask=there, other=0.0)
+    return bias, residual
 
 
 @triton.jit
 def finish_tile(
-    y, tile, bias_ptr, residual_ptr, y_ptr, rows, outputs,
-    OUT: tl.constexpr, TILE_OUT: tl.constexpr, M: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    GATED: tl.constexpr,
+    y, tile, bias, residual, y_ptr, rows, outputs,
+    TILE_OUT: tl.constexpr, M: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """The epilogue (see `finish`) of a tile's sums y [TILE_OUT, M]."""
-    batch = tl.arange(0, M)[None, :]
     if HAS_BIAS:
-        row = row_of_tile(tile, OUT, TILE_OUT, GATED)
-        y += tl.load(bias_ptr + row, mask=row < OUT, other=0.0).to(tl.float32)[:, None]
+        y += bias.to(tl.float32)[:, None]
     if GATED:
         gate, up = tl.split(tl.permute(y.reshape([TILE_OUT // 2, 2, M]), (0, 2, 1)))
         y = gate * tl.sigmoid(gate) * up
-        output = tile * (TILE_OUT // 2) + tl.arange(0, TILE_OUT // 2)[:, None]
-    else:
-        output = tile * TILE_OUT + tl.arange(0, TILE_OUT)[:, None]
-    store = (batch < rows) & (output < outputs)
-    place = batch * outputs + output
     if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + place, mask=store, other=0.0).to(tl.float32)
-    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=store)
+        y += residual.to(tl.float32)
+    place, there = _outputs_of_tile(tile, rows, outputs, TILE_OUT, M, GATED)
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=there)

@@ -15,6 +15,8 @@ from qwenfit.kernels.norm import rms_norm
 from qwenfit.kernels.rotary import rotate
 from qwenfit.kernels.triton.launch import options, start_after_previous
 
+_EMBED_TILE = 1024
+
 
 def rotary_cache_reference(
     qkv: torch.Tensor,
@@ -130,44 +132,55 @@ def _rotary_cache(
     tl.store(value_ptr + at * DIM + d, stored, mask=cached & is_value & (d < DIM))
 
 
-def rotary_angles(
+def embed_with_angles(
+    ids: torch.Tensor,
+    table: torch.Tensor,
     positions: torch.Tensor,
     inverse: torch.Tensor,
     scaling: float,
     training_length: int | None,
-    dtype: torch.dtype,
-    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-) -> None:
-    """Angles of T decoding tokens, for `rotary_cache`: one token of each request, each with its own frequencies.
+    angles: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """table[ids] [T, hidden] and the angles of T decoding tokens, for `rotary_cache`, in one kernel.
 
-    positions int64 [T]; inverse float32 [T, head_dim / 2]. Writes cos and sin float32 [T, 1, head_dim], the first half
-    of sin negated, and, with `training_length` S, the LogN factors [T, 1, 1]: log(position + 1) / log(S) past S,
-    else 1.
+    One token of each request, each with its own frequencies: ids and positions int64 [T]; inverse float32
+    [T, head_dim / 2]. Writes cos and sin float32 [T, 1, head_dim], the first half of sin negated, and, with
+    `training_length` S, the LogN factors [T, 1, 1]: log(position + 1) / log(S) past S, else 1.
     """
-    cos, sin, query_scale = out
-    _rotary_angles[(len(positions),)](
-        positions, inverse, cos, sin, query_scale, scaling,
-        LOGN=training_length or 0, HALF=inverse.shape[1], **options(positions),
+    tokens, hidden = len(ids), table.shape[1]
+    out = torch.empty(tokens, hidden, dtype=table.dtype, device=table.device) if out is None else out
+    half = inverse.shape[1]
+    _embed_with_angles[(tokens, triton.cdiv(hidden, _EMBED_TILE))](
+        ids, table, out, positions, inverse, *angles, scaling,
+        LOGN=training_length or 0, HALF=half, LANES=triton.next_power_of_2(half), HIDDEN=hidden, TILE=_EMBED_TILE,
+        **options(table),
     )  # fmt: skip
+    return out
 
 
 @triton.jit
-def _rotary_angles(
-    positions_ptr, inverse_ptr, cos_ptr, sin_ptr, query_scale_ptr, scaling,
-    LOGN: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr,
+def _embed_with_angles(
+    ids_ptr, table_ptr, out_ptr, positions_ptr, inverse_ptr, cos_ptr, sin_ptr, query_scale_ptr, scaling,
+    LOGN: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_after_previous(OVERLAP)
-    token = tl.program_id(0)
-    d = tl.arange(0, HALF)
-    position = tl.load(positions_ptr + token).to(tl.float32)
-    radians = position * tl.load(inverse_ptr + token * HALF + d)
-    cos, sin = tl.cos(radians) * scaling, tl.sin(radians) * scaling
-    at = token * 2 * HALF + d
-    tl.store(cos_ptr + at, cos)
-    tl.store(cos_ptr + at + HALF, cos)
-    tl.store(sin_ptr + at, -sin)
-    tl.store(sin_ptr + at + HALF, sin)
-    if LOGN:
-        count = tl.maximum(position + 1.0, 1.0 * LOGN)
-        factor = tl.log(count) / tl.log(1.0 * LOGN + tl.zeros_like(count))
-        tl.store(query_scale_ptr + token, factor.to(query_scale_ptr.dtype.element_ty))
+    token, part = tl.program_id(0), tl.program_id(1)
+    i = part * TILE + tl.arange(0, TILE)
+    x = tl.load(table_ptr + tl.load(ids_ptr + token).to(tl.int64) * HIDDEN + i, mask=i < HIDDEN, other=0.0)
+    tl.store(out_ptr + token.to(tl.int64) * HIDDEN + i, x, mask=i < HIDDEN)
+    if part == 0:
+        d = tl.arange(0, LANES)
+        position = tl.load(positions_ptr + token).to(tl.float32)
+        radians = position * tl.load(inverse_ptr + token * HALF + d, mask=d < HALF, other=0.0)
+        cos, sin = tl.cos(radians) * scaling, tl.sin(radians) * scaling
+        at = token * 2 * HALF + d
+        tl.store(cos_ptr + at, cos, mask=d < HALF)
+        tl.store(cos_ptr + at + HALF, cos, mask=d < HALF)
+        tl.store(sin_ptr + at, -sin, mask=d < HALF)
+        tl.store(sin_ptr + at + HALF, sin, mask=d < HALF)
+        if LOGN:
+            count = tl.maximum(position + 1.0, 1.0 * LOGN)
+            factor = tl.log(count) / tl.log(1.0 * LOGN + tl.zeros_like(count))
+            tl.store(query_scale_ptr + token, factor.to(query_scale_ptr.dtype.element_ty))

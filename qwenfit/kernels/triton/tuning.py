@@ -21,6 +21,17 @@ def key(kernel: str, shape: tuple[int, ...]) -> str:
     return " ".join(map(str, (kernel, *shape[:-1], 1 << (shape[-1] - 1).bit_length())))
 
 
+def put_in_force(configs: dict[str, Config]) -> None:
+    """Use these configs on the current card from now on, before those of the files."""
+    _table(_card()).update(configs)
+    _lookup.cache_clear()
+
+
+def in_force() -> dict[str, Config]:
+    """The configs of the current card."""
+    return dict(_table(_card()))
+
+
 @functools.lru_cache(maxsize=4096)
 def _lookup(kernel: str, shape: tuple[int, ...], card: str) -> Config:
     found = _table(card).get(key(kernel, shape))
@@ -61,4 +72,6 @@ def _rule(kernel: str, shape: tuple[int, ...]) -> Config:
         return {"rows": 4 if rows <= 4 else 2, "columns": 1024, "warps": 4}
     if kernel == "int_matmul":
         return {"m": min(64, max(16, 1 << (rows - 1).bit_length())), "rows": 64, "words": 32, "warps": 4}
+    if kernel == "decode_heads":
+        return {"tokens": 64 if shape[0] == 1 else 32, "warps": 4}
     return {"tokens": 64 if shape[-2] > 1 else 32, "warps": 4}
