@@ -19,7 +19,7 @@ SETTINGS = {
 }
 
 
-RUNNING = ("chat", "generate", "models", "pull", "ls", "rm", "convert", "bench", "doctor")
+RUNNING = ("chat", "generate", "models", "pull", "ls", "rm", "convert", "bench", "compare", "doctor")
 TUNING = ("tune", "merge")
 
 

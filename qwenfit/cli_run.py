@@ -198,7 +198,7 @@ def convert(source: str, target: Path) -> None:
 
 
 @click.command()
-@click.argument("kind", type=click.Choice(["decode", "prefill", "perplexity", "demo", "guide"]))
+@click.argument("kind", type=click.Choice(["decode", "prefill", "perplexity", "demo", "guide", "tune"]))
 @click.argument("model", required=False)
 @click.option("--precision")
 @click.option("--head-precision", type=click.Choice(["int8", "int4"]))
@@ -219,6 +219,13 @@ def convert(source: str, target: Path) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="guide: the page  [docs/measured.md]")
 @click.option("--seconds-per-row", type=float, help="guide: cut longer runs short  [no limit]")
 @click.option("--deadline", type=float, help="guide: start no run after so many seconds  [no limit]")
+@click.option("--method", type=click.Choice(["full", "lora", "lora-emb", "qlora"]), help="tune: the method  [lora]")
+@click.option("--seq-len", type=int, help="tune: tokens of a sample  [1024]")
+@click.option("--grad-accum", type=int, help="tune: micro-batches of an iteration  [8]")
+@click.option("--optimizer", type=click.Choice(["fp32", "bf16", "8bit"]), help="tune: as `qwenfit tune`  [fp32]")
+@click.option("--keep", type=click.Choice(["inputs", "attention", "all"]), help="tune: as `qwenfit tune`  [inputs]")
+@click.option("--table", is_flag=True, help="tune: a table of cells instead of one")
+@click.option("--peers", is_flag=True, help="tune: transformers, PEFT and Liger, where installed, on the same cells")
 @click.option("--json", "as_json", is_flag=True)
 def bench(kind: str, model: str | None, **given: Any) -> int:
     """Plan and measure MODEL on this machine: decoding, prompts, or the perplexity of a text; `demo` picks the model,
@@ -229,7 +236,17 @@ def bench(kind: str, model: str | None, **given: Any) -> int:
     qwenfit bench prefill Qwen2.5-0.5B --prompt 512
     qwenfit bench perplexity ./model.gguf --precision int8 --text FILE
     qwenfit bench guide --seconds-per-row 8
+    qwenfit bench tune Qwen-7B --method lora --seq-len 1024
     """
+    tuning = {name: given.pop(name) for name in ("method", "seq_len", "grad_accum", "optimizer", "keep")}
+    more = {name: given.pop(name) for name in ("table", "peers")}
+    if kind == "tune":
+        from qwenfit.bench.tune_table import bench_tune
+
+        shared = {name: given[name] for name in ("precision", "device", "tolerance", "record", "no_record", "as_json")}
+        return bench_tune(model, click.echo, steps=given["repeat"], **shared, **tuning, **more)
+    if any(tuning.values()) or any(more.values()):
+        raise UsageError("--method and the options after it belong to `bench tune`.", "qwenfit bench tune --table")
     page = {name: given.pop(name) for name in ("out", "seconds_per_row", "deadline")}
     if kind == "guide":
         from qwenfit.bench.guide_verb import bench_guide
@@ -240,6 +257,34 @@ def bench(kind: str, model: str | None, **given: Any) -> int:
     from qwenfit.bench.verb import run_bench
 
     return run_bench(kind, model, make_options, click.echo, **given)
+
+
+@click.command()
+@click.argument("model")
+@click.option("--precision")
+@click.option("--kv-cache")
+@click.option("--device")
+@click.option("--threads", type=int)
+@click.option("--random-weights/--real-weights", default=None, help="[real for a folder or a .gguf, else random]")
+@click.option("--prompt", type=int, default=128, help="tokens of each prompt  [128]")
+@click.option("--generate", type=int, default=64, help="tokens of each answer  [64]")
+@click.option("--batch", type=int, default=1)
+@click.option("--rounds", type=int, default=3, help="how often each one runs, in turn  [3]")
+@click.option("--record", type=click.Path(path_type=Path), default=Path("measurements"), help="folder of the record")
+@click.option("--no-record", is_flag=True)
+@click.option("--json", "as_json", is_flag=True)
+def compare(model: str, **given: Any) -> int:
+    """MODEL as planned, as measured, and by transformers and llama.cpp where they are installed, side by side.
+
+    transformers gets the same weights, in 16 or 32 bits; llama.cpp takes part where MODEL is a .gguf.
+
+    \b
+    qwenfit compare Qwen2.5-0.5B --precision int8
+    qwenfit compare ./model.gguf --precision int4
+    """
+    from qwenfit.bench.compare import run_compare
+
+    return run_compare(model, make_options, click.echo, **given)
 
 
 @click.command()

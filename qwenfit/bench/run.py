@@ -79,15 +79,23 @@ class Timed:
 
 
 def timed_run(llm: LLM, prompt: int, generate: int, batch: int, seed: int) -> Timed:
-    """Random prompts (new ones each time, so that no prefix is cached) and greedy answers of a fixed length.
+    """Random prompts (new ones for each seed, so that no prefix is cached) and greedy answers of a fixed length."""
+    return timed_answers(llm, random_prompts(llm.engine.vocab_size, prompt, batch, seed), generate)[0]
+
+
+def random_prompts(vocabulary: int, prompt: int, batch: int, seed: int) -> list[list[int]]:
+    """`batch` prompts of `prompt` token ids each."""
+    source = random.Random(seed)
+    return [[source.randrange(vocabulary) for _ in range(prompt)] for _ in range(batch)]
+
+
+def timed_answers(llm: LLM, prompts: list[list[int]], generate: int) -> tuple[Timed, list[list[int]]]:
+    """Greedy answers of `generate` tokens each, and their times.
 
     Raises QwenfitError when the engine ended an answer early: its time would mean nothing.
     """
     from qwenfit.engine.params import SamplingParams
 
-    source = random.Random(seed)
-    vocabulary = llm.engine.vocab_size
-    prompts = [[source.randrange(vocabulary) for _ in range(prompt)] for _ in range(batch)]
     params = SamplingParams(temperature=0.0, max_tokens=generate, ignore_eos=True)
     started = time.perf_counter()
     outputs = llm.generate(prompts, params)
@@ -98,7 +106,8 @@ def timed_run(llm: LLM, prompt: int, generate: int, batch: int, seed: int) -> Ti
     stats = [output.stats for output in outputs]
     first = statistics.median(s.time_to_first_token for s in stats)
     decode = statistics.median(s.decode_tokens_per_s for s in stats)
-    return Timed(first, decode, sum(s.completion_tokens for s in stats) / elapsed)
+    timed = Timed(first, decode, sum(s.completion_tokens for s in stats) / elapsed)
+    return timed, [output.token_ids for output in outputs]
 
 
 def _decode_figures(made: Plan, runs: list[Timed], sizes: Sizes, limits: Limits, launches: int | None) -> list[Figure]:
