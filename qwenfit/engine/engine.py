@@ -92,6 +92,8 @@ class Engine:
         )
         banned = () if tokenizer is None else tokenizer.textless_ids
         self.sampler = Sampler(self.vocab_size, max_num_seqs, self.max_model_len, device, banned)
+        if device.type == "cuda":
+            self.sampler.choose(torch.zeros(1, config.vocab_size, device=device), [])  # compiles the greedy kernel
         self._ahead = int(device.type == "cuda" if lookahead is None else lookahead)
         self._flights: deque[Flight] = deque()  # at most one between steps, two within one
         self._ended: list[Delta] = []  # last deltas that the next step hands out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
@@ -71,6 +72,8 @@ class LLM:
         from qwenfit.checkpoint.tokenizer import load_tokenizer
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        # Pieces of any size out of one range of addresses: what loading leaves behind is of use again, or given back.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         network, config = load_model(
             model,
             precision=precision,
@@ -121,6 +124,8 @@ class LLM:
         prefix_cache: bool = True,
     ) -> None:
         self.config, self.tokenizer, self.device = config, tokenizer, device
+        if torch.device(device).type == "cuda":
+            torch.cuda.empty_cache()
         self.default_params = SamplingParams()
         if num_blocks is None:
             budget = free_bytes(device) if kv_bytes is None else kv_bytes

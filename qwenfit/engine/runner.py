@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from qwenfit.model.kv_cache import PARITY, KVCache
 
 if TYPE_CHECKING:
     from qwenfit.engine.graphs import DecodeGraphs
+    from qwenfit.model.transformer import Transformer
 
 
 class Network(Protocol):
@@ -29,20 +30,25 @@ class Network(Protocol):
         ...
 
 
-def _decode_graphs(model: Network, cache: KVCache, max_blocks: int, device: torch.device) -> DecodeGraphs | None:
-    """CUDA graphs of the decoding step, where the model and the cache are ones that its kernels know."""
+def _fused(model: Network, cache: KVCache, device: torch.device) -> bool:
+    """Whether the model and the cache are ones that the fused steps on a GPU know."""
     if device.type != "cuda" or cache.dtype == PARITY:
-        return None
-    from qwenfit.engine.graphs import DecodeGraphs
-    from qwenfit.model.linear import Linear
+        return False
     from qwenfit.model.transformer import Transformer
 
-    if not isinstance(model, Transformer):
-        return None
-    # An adapter beside quantized weights is a layer of another kind.
-    if not all(isinstance(m, Linear) for name, m in model.named_modules() if name.endswith("_proj")):
-        return None
-    return DecodeGraphs(model, cache, max_blocks, device)
+    return isinstance(model, Transformer)
+
+
+def _plain(model: Transformer) -> bool:
+    """Whether no layer is of another kind, as an adapter beside quantized weights is."""
+    from qwenfit.model.linear import Linear
+
+    return all(isinstance(module, Linear) for name, module in model.named_modules() if name.endswith("_proj"))
+
+
+def _up(count: int) -> int:
+    """The next multiple of 16: a kernel compiled for one serves all."""
+    return -(-count // 16) * 16
 
 
 def _decodes(request: Request) -> bool:
@@ -66,9 +72,31 @@ class Runner:
         self.cache = cache
         self.block_size = cache.block_size
         self.device = device
-        self._graphs = _decode_graphs(model, cache, -(-max_model_len // cache.block_size), device)
+        self._graphs: DecodeGraphs | None = None
+        self._transformer: Transformer | None = None  # what the fused steps take; None: they are not for this model
         self._last = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)  # token by row, for those pending
-        self._tables = torch.zeros(max_num_seqs, -(-max_model_len // cache.block_size), dtype=torch.int32)
+        width = _up(-(-max_model_len // cache.block_size))
+        self._tables = torch.zeros(max_num_seqs, width, dtype=torch.int32)
+        if _fused(model, cache, device):
+            self._transformer = cast("Transformer", model)
+            self._warm_up(self._transformer, max_num_seqs)
+
+    def _warm_up(self, model: Transformer, max_num_seqs: int) -> None:
+        """Compile and record at the start what would stop the requests later. The cache is still empty."""
+        from qwenfit.model.batch import Chunk, make_batch
+        from qwenfit.model.prefill import prefill
+
+        size = self.block_size
+        if self.cache.num_blocks >= 2:  # a decoded token, and the second part of a prompt
+            table = [0] * self._tables.shape[1]
+            chunks = [Chunk([0], 1, table), Chunk([0] * size, size, [0, 1, *table[2:]])]
+            batch = make_batch(chunks, size, self.device)
+            prefill(model, batch, self.cache, batch.logits_indices)
+        if _plain(model):
+            from qwenfit.engine.graphs import DecodeGraphs
+
+            self._graphs = DecodeGraphs(model, self.cache, max_num_seqs, self._tables.shape[1], self.device)
+            self._graphs.record()
 
     @torch.inference_mode()
     def run(self, requests: list[Request]) -> Tensor | None:
@@ -80,11 +108,15 @@ class Runner:
         if self._graphs is not None and self._graphs.fits(len(requests)) and all(map(_decodes, requests)):
             return self._decode(self._graphs, requests)
         batch = self._batch(requests)
-        hidden = self.model.forward(batch, self.cache)
-        rows = len(batch.logits_indices)
-        if rows == 0:
-            return None
-        return self.model.logits(hidden if rows == len(hidden) else hidden[batch.logits_indices])
+        rows = batch.logits_indices
+        if self._transformer is not None:
+            from qwenfit.model.prefill import prefill
+
+            hidden = prefill(self._transformer, batch, self.cache, rows)
+        else:
+            hidden = self.model.forward(batch, self.cache)
+            hidden = hidden if len(rows) == len(hidden) else hidden[rows]
+        return self.model.logits(hidden) if len(rows) else None
 
     @torch.inference_mode()
     def keep(self, requests: list[Request], tokens: Tensor) -> None:
@@ -107,7 +139,7 @@ class Runner:
         on_device = to_device(torch.tensor(numbers), self.device)
         if any(request.pending for request in requests):
             on_device[0] = self._ids(on_device[0])
-        tables = self._block_tables(requests).pin_memory()
+        tables = to_device(self._block_tables(requests), self.device)
         return graphs.run(on_device, tables, [request.alpha for request in requests])
 
     def _batch(self, requests: list[Request]) -> Batch:
@@ -122,10 +154,11 @@ class Runner:
             slots += self._slots(request.blocks, start, end)
             if end == request.length:
                 last.append(len(ids) - 1)
-        # One copy to the device for the four of them.
-        count = len(ids)
-        numbers = to_device(torch.tensor([*ids, *positions, *slots, *last]), self.device)
-        input_ids, position_ids, slot_ids, indices = torch.split(numbers, [count, count, count, len(last)])
+        # One copy to the device for the four of them; each starts at a multiple of 16 numbers, as kernels like it.
+        count, gap = len(ids), [0] * (_up(len(ids)) - len(ids))
+        numbers = to_device(torch.tensor([*ids, *gap, *positions, *gap, *slots, *gap, *last]), self.device)
+        input_ids, position_ids, slot_ids = (part[:count] for part in numbers[: 3 * _up(count)].view(3, -1))
+        indices = numbers[3 * _up(count) :]
         return Batch(
             input_ids=self._ids(input_ids) if any(request.pending for request in requests) else input_ids,
             positions=position_ids,
@@ -147,7 +180,7 @@ class Runner:
         return list(whole)[start - first * size : end - first * size]
 
     def _block_tables(self, requests: list[Request]) -> Tensor:
-        """int32 [requests, blocks of the longest]; beyond a request's own blocks the entries mean nothing."""
+        """int32 [requests, blocks of the longest and up to 15 more]; beyond a request's own they mean nothing."""
         longest = 0
         for request in requests:
             count = len(request.blocks)
@@ -158,5 +191,5 @@ class Runner:
             longest = max(longest, count)
         if len(requests) == 1:
             row = requests[0].row
-            return self._tables[row : row + 1, :longest]
-        return self._tables[:, :longest][[request.row for request in requests]]
+            return self._tables[row : row + 1, : _up(longest)]
+        return self._tables[:, : _up(longest)][[request.row for request in requests]]

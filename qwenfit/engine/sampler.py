@@ -189,7 +189,7 @@ class Chosen:
         self.tokens = tokens  # int64 [n]; -1 where the logits are not finite
         self._asked = asked or {}
         self._copies = [to_host(tensor) for tensor in (tokens, *(logprobs or ()))]
-        self._event = torch.cuda.Event() if tokens.is_cuda else None
+        self._event = torch.cuda.Event() if tokens.is_cuda else None  # type: ignore[no-untyped-call]
         if self._event is not None:
             self._event.record()
 
@@ -296,8 +296,8 @@ def draw_filtered(scaled: Tensor, u: Tensor, top_k: Tensor, top_p: Tensor, min_p
 
 def draw_sorted(scaled: Tensor, u: Tensor, *knobs: Tensor) -> Tensor:
     """`draw_filtered` by sorting whole rows: all shapes are known beforehand, so nothing waits for the device."""
-    pieces = (t.split(_SORTED_ROWS) for t in (scaled, u, *knobs))
-    return torch.cat([_draw_sorted(*piece) for piece in zip(*pieces, strict=True)])
+    pieces = [slice(start, start + _SORTED_ROWS) for start in range(0, len(scaled), _SORTED_ROWS)]
+    return torch.cat([_draw_sorted(scaled[rows], u[rows], *(knob[rows] for knob in knobs)) for rows in pieces])
 
 
 def _draw_sorted(scaled: Tensor, u: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:

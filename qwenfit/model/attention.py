@@ -39,10 +39,6 @@ class PagedContext:
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         cache = self.cache.layers[layer]
-        if q.device.type == "cuda" and not cache.per_chunk:
-            from qwenfit.kernels.triton.ragged import ragged_attention
-
-            return ragged_attention(q, k, v, cache, self.step, q.shape[-1] ** -0.5)
         write_kv(cache, k, v, self.step)
         return paged_attention(q, cache, self.step, q.shape[-1] ** -0.5)
 
@@ -65,7 +61,10 @@ class FullContext:
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q, k, v = (t.view(self.batch, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.mask is None, enable_gqa=True)
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=self.mask, is_causal=self.mask is None, enable_gqa=grouped
+        )
         return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
 

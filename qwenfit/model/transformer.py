@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -11,7 +13,7 @@ from qwenfit.kernels.linear import linear
 from qwenfit.kernels.norm import rms_norm
 from qwenfit.model.attention import Attention, Context, FullContext, PagedContext
 from qwenfit.model.batch import Batch
-from qwenfit.model.kv_cache import KVCache
+from qwenfit.model.kv_cache import PARITY, KVCache
 from qwenfit.model.linear import Linear
 from qwenfit.model.rotary import Angles, Rotary
 
@@ -50,7 +52,12 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.mlp = MLP(config, dtype, device)
 
-    def forward(self, x: torch.Tensor, angles: Angles, context: Context) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, angles: Angles, context: Context, fused: Callable[..., torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """fused: another way to compute the same (`tune/fused.py`), taken from here so that hooks on blocks run."""
+        if fused is not None:
+            return fused(self, x, angles, context)
         x = x + self.self_attn(self.input_layernorm(x), angles, context)
         out: torch.Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
@@ -80,6 +87,10 @@ class Transformer(nn.Module):
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """One step: hidden states [T, hidden] after the final norm. The step's keys and values enter the cache."""
+        if batch.input_ids.is_cuda and cache.dtype != PARITY:
+            from qwenfit.model.prefill import prefill
+
+            return prefill(self, batch, cache)
         angles = self.rotary.angles(
             batch.positions, batch.query_lens, batch.ntk_alphas, max(batch.context_lens), self.dtype
         )

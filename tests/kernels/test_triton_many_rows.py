@@ -29,12 +29,15 @@ def test_dequantised(bits: int, out: int, inputs: int, group: int, zeros: str) -
     assert error(w, dequantised_reference(packed, torch.float32)) < 1e-4
 
 
+@pytest.mark.parametrize("changes", [{}, {"splits": 3, "words": 16}], ids=["whole", "split"])
 @pytest.mark.parametrize(("bits", "out", "inputs", "group", "zeros"), CASES)
-def test_many_rows_times_an_integer_weight(bits: int, out: int, inputs: int, group: int, zeros: str) -> None:
+def test_many_rows_times_an_integer_weight(
+    bits: int, out: int, inputs: int, group: int, zeros: str, changes: dict[str, int]
+) -> None:
     packed = pack_blocked(quantized(bits, out, inputs, group, zeros), torch.float32, DEVICE)
     assert packed is not None
     x, bias = random(19, inputs), random(out)
-    y = int_matmul(x, packed, bias, out=poisoned(19, out), config=SMALL)
+    y = int_matmul(x, packed, bias, out=poisoned(19, out), config={**SMALL, **changes})
     assert error(y, int_matmul_reference(x, packed, bias)) < 1e-4
 
 

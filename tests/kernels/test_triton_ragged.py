@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,32 +9,80 @@ from tests.kernels.test_triton_attention import BLOCK_SIZE, filled
 from tests.kernels.triton_cases import DEVICE, error, random
 
 pytest.importorskip("triton")
-from qwenfit.kernels.attention import RaggedStep, paged_attention_reference, write_kv
-from qwenfit.kernels.triton.ragged import ragged_attention
+from qwenfit.kernels.attention import LayerCache, RaggedStep
+from qwenfit.kernels.triton.decode_attention import NewTokens
+from qwenfit.kernels.triton.ragged import (
+    gather_context,
+    gather_context_reference,
+    ragged_attention,
+    ragged_attention_reference,
+    ragged_plan,
+)
+from qwenfit.model.rotary import inverse_frequencies
+
+STEPS = {
+    "single tokens, a prompt, one that goes on": ([1, 1, 7, 5], [10, 3, 7, 13]),
+    "whole prompts": ([7, 3], [7, 3]),
+    "single tokens": ([1, 1], [1, 9]),
+    "a single token after a prompt": ([4, 1], [4, 6]),
+}
+
+
+def on_cpu(cache: LayerCache) -> LayerCache:
+    tensors = (cache.key, cache.value, cache.key_affine, cache.value_affine)
+    return LayerCache(*(None if t is None else t.cpu() for t in tensors))  # type: ignore[arg-type]
+
+
+def new_tokens(positions: list[int], slots: torch.Tensor, dim: int, kv_heads: int, plain: bool) -> NewTokens:
+    radians = torch.tensor(positions)[:, None] * inverse_frequencies(dim, 1e4)
+    cos, sin = radians.cos(), radians.sin()
+    return NewTokens(
+        torch.cat((cos, cos), -1)[:, None],
+        torch.cat((-sin, sin), -1)[:, None],
+        None if plain else 1 + torch.arange(len(positions))[:, None, None] / 10,
+        None if plain else (random(dim).cpu() + 2, random(dim, seed=1).cpu() + 2),
+        1e-6,
+        slots,
+        None if plain else random(kv_heads, dim).cpu(),
+    )
+
+
+def moved(new: NewTokens) -> NewTokens:
+    fields = ("cos", "sin", "query_scale", "slots", "key_centre")
+    there = {name: value.to(DEVICE) for name in fields if (value := getattr(new, name)) is not None}
+    norms = new.head_norms and tuple(norm.to(DEVICE) for norm in new.head_norms)
+    return replace(new, **there, head_norms=norms)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "plain"), [(2, 2, True), (4, 2, False)])
+def test_prompts_chunks_and_single_tokens_in_one_step(
+    heads: int, kv_heads: int, plain: bool, quantized: bool, name: str
+) -> None:
+    dim, (queries, contexts) = 16, STEPS[name]
+    ours, theirs = filled(kv_heads, dim, 20, quantized), on_cpu(filled(kv_heads, dim, 20, quantized))
+    tables = torch.randperm(20, generator=torch.Generator().manual_seed(0))[: 4 * len(queries)].view(-1, 4).int()
+    at = [(i, p) for i, (n, end) in enumerate(zip(queries, contexts, strict=True)) for p in range(end - n, end)]
+    slots = torch.tensor([int(tables[i, p // BLOCK_SIZE]) * BLOCK_SIZE + p % BLOCK_SIZE for i, p in at])
+    new = new_tokens([p for _, p in at], slots, dim, kv_heads, plain)
+    qkv = random(len(at), heads + 2 * kv_heads, dim)
+    on_host = RaggedStep(queries, contexts, tables, slots, BLOCK_SIZE, torch.float32)
+    expected = ragged_attention_reference(qkv.cpu(), new, theirs, on_host, 0.25)
+    step = RaggedStep(queries, contexts, tables.to(DEVICE), slots.to(DEVICE), BLOCK_SIZE, torch.float32)
+    out = ragged_attention(qkv, moved(new), ours, ragged_plan(step), 0.25)
+    assert error(out.cpu(), expected) < (2e-3 if quantized else 1e-5)
+    for field in ("key", "value", "key_affine", "value_affine"):
+        if getattr(theirs, field) is not None:
+            mine, other = getattr(ours, field).float().cpu(), getattr(theirs, field).float()
+            assert (mine - other).abs().max() <= (1 if field in ("key", "value") and quantized else 1e-3)
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2)])
-def test_prompts_chunks_and_single_tokens_in_one_step(heads: int, kv_heads: int, quantized: bool) -> None:
-    """A whole prompt, a decoding sequence, and a prompt that goes on."""
-    dim, queries, contexts = 16, [7, 1, 5], [7, 10, 13]
-    ours, theirs = filled(kv_heads, dim, 20, quantized), filled(kv_heads, dim, 20, quantized)
-    tables = torch.randperm(20, generator=torch.Generator().manual_seed(0))[:12].view(3, 4).int()
-    slots = [
-        int(tables[i, p // BLOCK_SIZE]) * BLOCK_SIZE + p % BLOCK_SIZE
-        for i, (n, end) in enumerate(zip(queries, contexts, strict=True))
-        for p in range(end - n, end)
-    ]
-    step = RaggedStep(
-        queries, contexts, tables.to(DEVICE), torch.tensor(slots, device=DEVICE), BLOCK_SIZE, torch.float32
-    )
-    q, k, v = random(13, heads, dim), random(13, kv_heads, dim), random(13, kv_heads, dim, seed=1)
-    out = ragged_attention(q, k, v, ours, step, 0.25)
-    for cache in (theirs,):
-        for name in ("key", "value", "key_affine", "value_affine"):
-            if getattr(cache, name) is not None:
-                object.__setattr__(cache, name, getattr(cache, name).cpu())
-    on_cpu = RaggedStep(queries, contexts, tables, torch.tensor(slots), BLOCK_SIZE, torch.float32)
-    write_kv(theirs, k.cpu(), v.cpu(), on_cpu)
-    reference = paged_attention_reference(q.cpu(), theirs, on_cpu, 0.25)
-    assert error(out.cpu(), reference) < (2e-3 if quantized else 1e-5)
+def test_a_context_is_read_back_from_scattered_slots(quantized: bool) -> None:
+    cache = filled(3, 16, 6, quantized)
+    slots = torch.tensor([5, 0, 23, 7, 7], device=DEVICE)
+    for got, expected in zip(
+        gather_context(cache, slots, torch.float32), gather_context_reference(cache, slots, torch.float32), strict=True
+    ):
+        assert error(got, expected) < 1e-6

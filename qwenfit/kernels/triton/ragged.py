@@ -1,77 +1,263 @@
-"""Attention of a step that has prompts in it, on a GPU: flash attention for prompts, the split kernel for the rest."""
+"""Attention of a step that has prompts in it, on a GPU: flash attention for prompts, the split kernel for the rest.
+
+`ragged_attention_reference` is the definition. Everything that depends on the step alone is derived once, in
+`ragged_plan`; a layer then takes two launches where all prompts start in the step, and up to five where they do not.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
-from torch.nn.attention.bias import causal_lower_right
+import triton
+import triton.language as tl
 from torch.nn.functional import scaled_dot_product_attention
 
-from qwenfit.kernels.attention import LayerCache, RaggedStep
-from qwenfit.kernels.kv_quant import dequantize_kv, quantize_kv
-from qwenfit.kernels.triton.decode_attention import decode_attention
+from qwenfit.kernels.attention import LayerCache, RaggedStep, paged_attention_reference, write_kv
+from qwenfit.kernels.norm import rms_norm
+from qwenfit.kernels.rotary import rotate
+from qwenfit.kernels.triton.decode_attention import NewTokens, decode_step_attention
+from qwenfit.kernels.triton.launch import options, start_after_previous
+
+_HEADS = 8  # of a program
+
+
+@dataclass(frozen=True)
+class RaggedPlan:
+    """What the attention of every layer must know of a step, on the device."""
+
+    singles: int  # so many sequences at the start bring one token each; those after them are the prompts
+    single_contexts: torch.Tensor  # int64 [singles]
+    block_tables: torch.Tensor  # int32 [sequences, max_blocks]
+    query_lens: list[int]  # of the prompts
+    context_lens: list[int]
+    query_starts: torch.Tensor  # int32 [prompts + 1]: rows of the step, counted from the first prompt's
+    context_starts: torch.Tensor  # int32 [prompts + 1]: rows of the contexts laid end to end
+    context_slots: torch.Tensor | None  # int64 [sum of contexts]; None: every prompt is whole, nothing is read back
+
+
+def ragged_plan(step: RaggedStep) -> RaggedPlan:
+    """Derive the plan of a step; the host waits for nothing."""
+    device, size = step.slots.device, step.block_size
+    singles = next((i for i, n in enumerate(step.query_lens) if n > 1), len(step.query_lens))
+    queries, contexts = step.query_lens[singles:], step.context_lens[singles:]
+    numbers = [*accumulate(queries, initial=0), *accumulate(contexts, initial=0)]
+    starts = _on_device(torch.tensor(numbers, dtype=torch.int32), device)
+    query_starts, context_starts = starts[: len(queries) + 1], starts[len(queries) + 1 :]
+    slots = None
+    if queries != contexts:
+        lengths, total = context_starts.diff(), sum(contexts)
+        which = torch.repeat_interleave(torch.arange(len(contexts), device=device), lengths, output_size=total)
+        at = torch.arange(total, device=device) - context_starts[which]
+        slots = step.block_tables[singles + which, at // size].long() * size + at % size
+    single_contexts = _on_device(torch.tensor(step.context_lens[:singles], dtype=torch.int64), device)
+    return RaggedPlan(
+        singles, single_contexts, step.block_tables, queries, contexts, query_starts, context_starts, slots
+    )
+
+
+def _on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def ragged_attention_reference(
+    qkv: torch.Tensor, new: NewTokens, cache: LayerCache, step: RaggedStep, scale: float
+) -> torch.Tensor:
+    """qkv [T, heads + 2 kv_heads, head_dim] as projected -> [T, heads * head_dim]; keys and values enter the cache.
+
+    Queries and keys are normalised (Qwen3), rotated and scaled (LogN) as `new` says, for all T tokens; a prompt attends
+    to what the cache gives back, quantized where the cache is.
+    """
+    kv_heads = cache.key.shape[2]
+    q, k, v = qkv.split((qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
+    if new.head_norms is not None:
+        q, k = rms_norm(q, new.head_norms[0], new.eps), rms_norm(k, new.head_norms[1], new.eps)
+    q, k = rotate(q, new.cos, new.sin), rotate(k, new.cos, new.sin)
+    if new.query_scale is not None:
+        q = q * new.query_scale
+    write_kv(cache, k if new.key_centre is None else k - new.key_centre, v.contiguous(), step)
+    return paged_attention_reference(q, cache, step, scale)
 
 
 def ragged_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: LayerCache, step: RaggedStep, scale: float
+    qkv: torch.Tensor, new: NewTokens, cache: LayerCache, plan: RaggedPlan, scale: float
 ) -> torch.Tensor:
-    """Write k and v [T, kv_heads, head_dim] to the cache, then attend: q [T, heads, head_dim] -> [T, heads * head_dim].
+    """`ragged_attention_reference` for a contiguous qkv, whose heads it overwrites."""
+    tokens, kv_heads, singles = len(qkv), cache.key.shape[2], plan.singles
+    heads = qkv.shape[1] - 2 * kv_heads
+    if singles == tokens:
+        return _singles(qkv, new, cache, plan, scale)
+    rotate_in_place(qkv, new, cache, singles)
+    prompts = qkv[singles:]
+    q, k, v = prompts[:, :heads], prompts[:, heads:-kv_heads], prompts[:, -kv_heads:]
+    if plan.context_slots is not None:
+        k, v = gather_context(cache, plan.context_slots, qkv.dtype)
+    flash = _flash if qkv.is_cuda and qkv.dtype != torch.float32 else _flash_each
+    out = flash(q, k, v, plan, scale).flatten(1)
+    return out if singles == 0 else torch.cat((_singles(qkv[:singles], new, cache, plan, scale), out))
 
-    As `write_kv` and `paged_attention`, which are its reference; the host waits for nothing. A prompt that starts here
-    attends to its own k and v, as the cache keeps them; one that goes on to its context, copied from the cache.
-    """
-    k, v = _write(cache.key, cache.key_affine, k, step), _write(cache.value, cache.value_affine, v, step)
-    out = torch.empty(len(q), q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
-    starts = [0, *accumulate(step.query_lens)]
-    single = [i for i, queries in enumerate(step.query_lens) if queries == 1]
-    for i, (queries, context) in enumerate(zip(step.query_lens, step.context_lens, strict=True)):
-        rows = slice(starts[i], starts[i + 1])
-        if queries == 1:
-            continue
-        keys, values = k[rows], v[rows]
-        if queries < context:
-            blocks = step.block_tables[i, : -(-context // step.block_size)].long()
-            keys = _read(cache.key, cache.key_affine, blocks, context, q.dtype)
-            values = _read(cache.value, cache.value_affine, blocks, context, q.dtype)
-        out[rows] = _flash(q[rows], keys, values, scale)
-    if single:
-        rows_of_single = torch.tensor([starts[i] for i in single]).to(q.device, non_blocking=True)
-        contexts = torch.tensor([step.context_lens[i] for i in single]).to(q.device, non_blocking=True)
-        tables = step.block_tables[torch.tensor(single).to(q.device, non_blocking=True)]
-        out[rows_of_single] = decode_attention(q[rows_of_single], cache, tables, contexts, scale)
+
+def _singles(qkv: torch.Tensor, new: NewTokens, cache: LayerCache, plan: RaggedPlan, scale: float) -> torch.Tensor:
+    count = plan.singles
+    query_scale = None if new.query_scale is None else new.query_scale[:count]
+    new = replace(new, cos=new.cos[:count], sin=new.sin[:count], query_scale=query_scale, slots=new.slots[:count])
+    return decode_step_attention(qkv, new, cache, plan.block_tables, plan.single_contexts, scale)
+
+
+def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: RaggedPlan, scale: float) -> torch.Tensor:
+    """torch's flash attention of all prompts at once; each one's queries are the last rows of its causal square."""
+    out: torch.Tensor = torch.ops.aten._flash_attention_forward(
+        q, k, v, plan.query_starts, plan.context_starts, max(plan.query_lens), max(plan.context_lens),
+        0.0, True, False, scale=scale,
+    )[0]  # fmt: skip
     return out
 
 
-def _write(stored: torch.Tensor, affine: torch.Tensor | None, x: torch.Tensor, step: RaggedStep) -> torch.Tensor:
-    """Store x in the step's slots; returns it as the cache will give it back."""
-    if affine is None:
-        stored.flatten(0, 1)[step.slots] = x.to(stored.dtype)
-        return x
-    q, scale_zero = quantize_kv(x)
-    stored.flatten(0, 1)[step.slots] = q
-    affine.flatten(0, 1)[step.slots] = scale_zero
-    return dequantize_kv(q, scale_zero, x.dtype)
+def _flash_each(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: RaggedPlan, scale: float) -> torch.Tensor:
+    """The same prompt by prompt: float32, which flash attention does not take."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    start = context_start = 0
+    for queries, context in zip(plan.query_lens, plan.context_lens, strict=True):
+        rows, keys = slice(start, start + queries), slice(context_start, context_start + context)
+        mask = torch.ones(queries, context, dtype=torch.bool, device=q.device).tril_(context - queries)
+        one, its_k, its_v = (x.transpose(0, 1)[None] for x in (q[rows], k[keys], v[keys]))
+        attended = scaled_dot_product_attention(one, its_k, its_v, attn_mask=mask, scale=scale, enable_gqa=True)
+        out[rows] = attended[0].transpose(0, 1)
+        start, context_start = rows.stop, keys.stop
+    return out
 
 
-def _read(
-    stored: torch.Tensor, affine: torch.Tensor | None, blocks: torch.Tensor, context: int, dtype: torch.dtype
-) -> torch.Tensor:
-    x = stored[blocks].flatten(0, 1)[:context]
-    if affine is None:
-        return x.to(dtype)
-    return dequantize_kv(x, affine[blocks].flatten(0, 1)[:context], dtype)
+def rotate_in_place(qkv: torch.Tensor, new: NewTokens, cache: LayerCache, first: int) -> None:
+    """From row `first` on, make projected heads what attention takes, and write keys and values to the cache.
+
+    qkv [T, heads + 2 kv_heads, head_dim] is contiguous; head_dim is a power of two. Keys and values become what the
+    cache will give back.
+    """
+    tokens, all_heads, head_dim = qkv.shape
+    kv_heads = cache.key.shape[2]
+    q_norm, k_norm = new.head_norms or (None, None)
+    _rotate_in_place[(tokens - first, triton.cdiv(all_heads, _HEADS))](
+        qkv, new.cos, new.sin, new.query_scale, q_norm, k_norm, new.key_centre, new.slots,
+        cache.key, cache.value, cache.key_affine, cache.value_affine, first, new.eps,
+        HEADS=all_heads - 2 * kv_heads, KV_HEADS=kv_heads, HALF=head_dim // 2, PER_PROGRAM=_HEADS,
+        HAS_SCALE=new.query_scale is not None, HAS_NORM=new.head_norms is not None,
+        HAS_CENTRE=new.key_centre is not None, QUANTIZED=cache.key_affine is not None, num_warps=4, **options(qkv),
+    )  # fmt: skip
 
 
-def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """The last rows of a causal square: q [queries, heads, head_dim], k and v [context, kv_heads, head_dim]."""
-    group = q.shape[1] // k.shape[1]
-    if group > 1:
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    if q.shape[2] == k.shape[2]:
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+@triton.jit(do_not_specialize=["first"])
+def _rotate_in_place(
+    qkv_ptr, cos_ptr, sin_ptr, query_scale_ptr, q_norm_ptr, k_norm_ptr, centre_ptr, slots_ptr,
+    key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, first, eps,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, PER_PROGRAM: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_CENTRE: tl.constexpr, QUANTIZED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    # A thread holds both partners of a rotation, so that it may overwrite them without waiting for another.
+    start_after_previous(OVERLAP)
+    DIM: tl.constexpr = 2 * HALF
+    token = (tl.program_id(0) + first).to(tl.int64)
+    head = tl.program_id(1) * PER_PROGRAM + tl.arange(0, PER_PROGRAM)[:, None]
+    d = tl.arange(0, HALF)[None, :]
+    dtype = qkv_ptr.dtype.element_ty
+    inside = head < HEADS + 2 * KV_HEADS
+    rotated = head < HEADS + KV_HEADS
+    is_query, is_key, is_value = head < HEADS, (head >= HEADS) & rotated, inside & (head >= HEADS + KV_HEADS)
+    at = qkv_ptr + (token * (HEADS + 2 * KV_HEADS) + head) * DIM + d
+    a = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        inverse = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / DIM + eps)[:, None]
+        weight_a = tl.where(is_query, tl.load(q_norm_ptr + d), tl.load(k_norm_ptr + d)).to(tl.float32)
+        weight_b = tl.where(is_query, tl.load(q_norm_ptr + HALF + d), tl.load(k_norm_ptr + HALF + d)).to(tl.float32)
+        a = tl.where(rotated, ((a * inverse).to(dtype).to(tl.float32) * weight_a).to(dtype).to(tl.float32), a)
+        b = tl.where(rotated, ((b * inverse).to(dtype).to(tl.float32) * weight_b).to(dtype).to(tl.float32), b)
+    cos = tl.load(cos_ptr + token * DIM + d)
+    sin = tl.load(sin_ptr + token * DIM + HALF + d)
+    turned_a = (a * cos - b * sin).to(dtype).to(tl.float32)
+    turned_b = (b * cos + a * sin).to(dtype).to(tl.float32)
+    a, b = tl.where(rotated, turned_a, a), tl.where(rotated, turned_b, b)
+    if HAS_SCALE:
+        factor = tl.where(is_query, tl.load(query_scale_ptr + token).to(tl.float32), 1.0)
+        a, b = (a * factor).to(dtype).to(tl.float32), (b * factor).to(dtype).to(tl.float32)
+    if HAS_CENTRE:
+        centre = centre_ptr + (head - HEADS) * DIM + d
+        a = (a - tl.load(centre, mask=is_key & (d < HALF), other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+        b = (b - tl.load(centre + HALF, mask=is_key & (d < HALF), other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+
+    slot = tl.load(slots_ptr + token).to(tl.int64)
+    vector = slot * KV_HEADS + tl.where(is_value, head - HEADS - KV_HEADS, head - HEADS)
+    if QUANTIZED:
+        low = tl.minimum(tl.min(a, axis=1), tl.min(b, axis=1))[:, None]
+        high = tl.maximum(tl.max(a, axis=1), tl.max(b, axis=1))[:, None]
+        scale = (high - low) / 255
+        scale = tl.where(scale > 0, scale, 1.0)
+        zero = -low / scale
+        code_a, code_b = tl.floor((a - low) / scale + 0.5), tl.floor((b - low) / scale + 0.5)
+        tl.store(key_affine_ptr + vector * 2, scale, mask=is_key)
+        tl.store(key_affine_ptr + vector * 2 + 1, zero, mask=is_key)
+        tl.store(value_affine_ptr + vector * 2, scale, mask=is_value)
+        tl.store(value_affine_ptr + vector * 2 + 1, zero, mask=is_value)
+        a, b = tl.where(is_query, a, (code_a - zero) * scale), tl.where(is_query, b, (code_b - zero) * scale)
     else:
-        mask = causal_lower_right(q.shape[2], k.shape[2])
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return out[0].transpose(0, 1).flatten(1)
+        code_a, code_b = a, b
+    stored_a, stored_b = code_a.to(key_ptr.dtype.element_ty), code_b.to(key_ptr.dtype.element_ty)
+    place = vector * DIM + d
+    tl.store(key_ptr + place, stored_a, mask=is_key & (d < HALF))
+    tl.store(key_ptr + place + HALF, stored_b, mask=is_key & (d < HALF))
+    tl.store(value_ptr + place, stored_a, mask=is_value & (d < HALF))
+    tl.store(value_ptr + place + HALF, stored_b, mask=is_value & (d < HALF))
+    changed = inside & (d < HALF) if QUANTIZED else rotated & (d < HALF)
+    tl.store(at, a.to(dtype), mask=changed)
+    tl.store(at + HALF, b.to(dtype), mask=changed)
+
+
+def gather_context_reference(
+    cache: LayerCache, slots: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of the tokens in `slots` int64 [N], each [N, kv_heads, head_dim] of `dtype`, dequantised."""
+    both = []
+    for stored, affine in ((cache.key, cache.key_affine), (cache.value, cache.value_affine)):
+        x = stored.flatten(0, 1)[slots].float()
+        if affine is not None:
+            scale, zero = affine.flatten(0, 1)[slots].unbind(-1)
+            x = (x - zero[..., None]) * scale[..., None]
+        both.append(x.to(dtype))
+    return both[0], both[1]
+
+
+def gather_context(cache: LayerCache, slots: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """`gather_context_reference` in one kernel; head_dim is a power of two."""
+    kv_heads, head_dim = cache.key.shape[2:]
+    keys = torch.empty(len(slots), kv_heads, head_dim, dtype=dtype, device=slots.device)
+    values = torch.empty_like(keys)
+    _gather_context[(len(slots), triton.cdiv(kv_heads, _HEADS))](
+        cache.key, cache.value, cache.key_affine, cache.value_affine, slots, keys, values,
+        KV_HEADS=kv_heads, DIM=head_dim, PER_PROGRAM=_HEADS, QUANTIZED=cache.key_affine is not None, **options(keys),
+    )  # fmt: skip
+    return keys, values
+
+
+@triton.jit
+def _gather_context(
+    key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, slots_ptr, keys_ptr, values_ptr,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, PER_PROGRAM: tl.constexpr, QUANTIZED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    start_after_previous(OVERLAP)
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * PER_PROGRAM + tl.arange(0, PER_PROGRAM)[:, None]
+    d = tl.arange(0, DIM)[None, :]
+    here, some = (head < KV_HEADS) & (d < DIM), head < KV_HEADS
+    vector = tl.load(slots_ptr + token).to(tl.int64) * KV_HEADS + head
+    k = tl.load(key_ptr + vector * DIM + d, mask=here, other=0)
+    v = tl.load(value_ptr + vector * DIM + d, mask=here, other=0)
+    if QUANTIZED:
+        k = k.to(tl.float32) - tl.load(key_affine_ptr + vector * 2 + 1, mask=some, other=0.0)
+        v = v.to(tl.float32) - tl.load(value_affine_ptr + vector * 2 + 1, mask=some, other=0.0)
+        k *= tl.load(key_affine_ptr + vector * 2, mask=some, other=0.0)
+        v *= tl.load(value_affine_ptr + vector * 2, mask=some, other=0.0)
+    place = (token * KV_HEADS + head) * DIM + d
+    tl.store(keys_ptr + place, k.to(keys_ptr.dtype.element_ty), mask=here)
+    tl.store(values_ptr + place, v.to(values_ptr.dtype.element_ty), mask=here)

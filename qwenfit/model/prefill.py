@@ -1,0 +1,64 @@
+"""A step with prompts in it, on a GPU: nine launches a layer, none of which waits for the host."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import embedding
+
+from qwenfit.kernels.triton.decode_attention import NewTokens
+from qwenfit.kernels.triton.fused_norm import add_norm
+from qwenfit.kernels.triton.gate import silu_mul
+from qwenfit.kernels.triton.ragged import RaggedPlan, ragged_attention, ragged_plan
+from qwenfit.model.attention import Attention
+from qwenfit.model.batch import Batch
+from qwenfit.model.kv_cache import KVCache
+from qwenfit.model.rotary import Angles
+from qwenfit.model.transformer import Block, Transformer
+
+
+@torch.inference_mode()
+def prefill(model: Transformer, batch: Batch, cache: KVCache, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """Hidden states after the final norm, [T, hidden], or [len(rows), hidden] of the `rows` (int64) of T.
+
+    The step's keys and values enter the cache. The last layer computes no more than `rows` ask for. Sequences that
+    bring one token are fastest at the beginning of the batch.
+    """
+    angles = model.rotary.angles(
+        batch.positions, batch.query_lens, batch.ntk_alphas, max(batch.context_lens), model.dtype
+    )
+    plan = ragged_plan(batch.step(cache.block_size, model.dtype))
+    blocks = [layer for layer in model.layers if isinstance(layer, Block)]
+    x = embedding(batch.input_ids, model.embed_tokens.weight)
+    first = blocks[0].input_layernorm
+    normed, x = add_norm(x, None, first.weight, first.eps)
+    for index, layer in enumerate(blocks):
+        out = _attend(layer.self_attn, index, normed, angles, batch.slots, cache, plan)
+        last = index + 1 == len(blocks)
+        if last and rows is not None:
+            out, x = out[rows], x[rows]
+            if len(rows) == 0:
+                return x
+        norm = layer.post_attention_layernorm
+        normed, x = add_norm(layer.self_attn.o_proj(out), x, norm.weight, norm.eps)
+        out = layer.mlp.down_proj(silu_mul(layer.mlp.gate_up_proj(normed)))
+        norm = model.norm if last else blocks[index + 1].input_layernorm
+        normed, x = add_norm(out, x, norm.weight, norm.eps)
+    return normed
+
+
+def _attend(
+    attention: Attention,
+    index: int,
+    normed: torch.Tensor,
+    angles: Angles,
+    slots: torch.Tensor,
+    cache: KVCache,
+    plan: RaggedPlan,
+) -> torch.Tensor:
+    norms = None
+    if attention.q_norm is not None and attention.k_norm is not None:
+        norms = (attention.q_norm.weight, attention.k_norm.weight)
+    centre = attention.key_centre if cache.dtype == "int8" else None
+    new = NewTokens(angles.cos, angles.sin, angles.query_scale, norms, attention.eps, slots, centre)
+    qkv = attention.qkv_proj(normed).view(len(normed), -1, attention.head_dim)
+    return ragged_attention(qkv, new, cache.layers[index], plan, attention.head_dim**-0.5)

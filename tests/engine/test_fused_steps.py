@@ -1,0 +1,56 @@
+"""The engine on the steps of a GPU (fused prompts, recorded decoding), played by Triton's interpreter on a CPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from fakes import assert_empty, run_to_end, tokens_of
+from test_network_any_order import NETWORK, network_alone, real_engine
+
+from qwenfit.engine import runner
+from qwenfit.engine.params import SamplingParams
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("plays a GPU where there is none", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+from qwenfit.engine.graphs import DecodeGraphs
+from qwenfit.model.decode import DecodeStep
+
+
+class Replayed:
+    """Stands in for a CUDA graph."""
+
+    def __init__(self, step: DecodeStep, logits: torch.Tensor) -> None:
+        self.step, self.logits, self.replays = step, logits, 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.logits.copy_(self.step.run())
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    def record(graphs: DecodeGraphs, size: int) -> None:
+        step = DecodeStep(graphs.model, graphs.cache, size, graphs.max_blocks, graphs.device)
+        graphs._recorded[size] = step, Replayed(step, graphs._logits[:size])
+
+    monkeypatch.setattr(runner, "_fused", lambda *_: True)
+    monkeypatch.setattr(DecodeGraphs, "_record", record)
+
+
+def test_answers_are_those_of_the_plain_network(gpu):
+    """A prompt in parts beside a sequence that decodes; tokens are read a step late."""
+    engine = real_engine(*NETWORK, num_blocks=4, block_size=8, max_num_seqs=2, max_batched_tokens=8, lookahead=True)
+    for layer in engine.runner.cache.layers:  # warming up has written to it
+        layer.key.fill_(torch.nan)
+        layer.value.fill_(torch.nan)
+    prompts = [[7, 3], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
+    params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+    ids = [engine.add(prompt, params) for prompt in prompts]
+    made = run_to_end(engine)
+    assert [tokens_of(made[i, 0]) for i in ids] == [network_alone(prompt, 3) for prompt in prompts]
+    assert sum(graph.replays for _, graph in engine.runner._graphs._recorded.values()) > 0
+    assert_empty(engine)
