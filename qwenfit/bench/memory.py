@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwenfit.engine.llm import LLM
@@ -70,19 +70,15 @@ def linear_bytes(llm: LLM) -> tuple[int, int]:
 
     from qwenfit.model.linear import Linear
 
-    model = llm.engine.runner.model
-    assert isinstance(model, torch.nn.Module)
+    model: Any = llm.engine.runner.model
     plain = packed = 0
     for module in model.modules():
         if isinstance(module, Linear):
             plain += sum(parameter.nbytes for parameter in module.parameters())
-            packed += (
-                sum(t.nbytes for t in vars(module.packed).values() if isinstance(t, torch.Tensor))
-                if module.packed is not None
-                else 0
-            )
+            parts = [] if module.packed is None else vars(module.packed).values()
+            packed += sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
     if getattr(model, "lm_head", None) is None:
-        plain += model.embed_tokens.weight.nbytes  # type: ignore[union-attr, operator]
+        plain += model.embed_tokens.weight.nbytes
     return plain, packed
 
 

@@ -92,8 +92,9 @@ def as_transformers(llm: LLM) -> Any:
     assert isinstance(model, Transformer)
     table = hf_config(config, str(model.dtype).removeprefix("torch."))
     settings = AutoConfig.for_model(**{k: v for k, v in table.items() if k != "torch_dtype"})
+    loader: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        made = AutoModelForCausalLM.from_config(settings, dtype=model.dtype)
+        made = loader.from_config(settings, dtype=model.dtype)
     state: dict[str, torch.Tensor] = {}
     for name, shape in canonical_parameters(config).items():
         module, _, leaf = name.rpartition(".")
@@ -112,11 +113,11 @@ def as_transformers(llm: LLM) -> Any:
 
 def llama_peer(llm: LLM, path: str) -> Peer:
     """llama.cpp on the file itself, one request at a time, with as many threads; on a GPU all layers there."""
-    import llama_cpp
+    import llama_cpp  # type: ignore[import-not-found, unused-ignore]
     import torch
 
     threads = torch.get_num_threads()
-    model = llama_cpp.Llama(
+    model: Any = llama_cpp.Llama(
         model_path=path,
         n_ctx=llm.max_model_len,
         n_threads=threads,

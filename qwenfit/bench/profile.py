@@ -149,12 +149,9 @@ def _cpu_layers(llm: LLM, run: Callable[[], object]) -> list[KernelUse]:
 @contextmanager
 def layer_times(llm: LLM) -> Iterator[dict[str, KernelUse]]:
     """Counts calls and time of the network's modules by the last part of their names, without what they call."""
-    import torch
-
     from qwenfit.model.linear import Linear
 
-    model = llm.engine.runner.model
-    assert isinstance(model, torch.nn.Module)
+    model: Any = llm.engine.runner.model
     uses: dict[str, KernelUse] = {}
     inner: list[float] = []  # time spent in modules called by those that are open
 
@@ -182,11 +179,11 @@ def layer_times(llm: LLM) -> Iterator[dict[str, KernelUse]]:
         last = path.rpartition(".")[2]
         if isinstance(module, Linear) or last in names or last == "norm":
             nbytes = module_bytes(module) if isinstance(module, Linear) else None
-            module.forward = timed(module.forward, names.get(last, last), nbytes)  # type: ignore[method-assign]
+            module.forward = timed(module.forward, names.get(last, last), nbytes)
             patched.append(module)
     head = getattr(model, "lm_head", None)
-    tied = model.embed_tokens.weight.nbytes if head is None else None  # type: ignore[union-attr]
-    model.logits = timed(model.logits, "lm_head" if head is None else "logits", tied)  # type: ignore[assignment, arg-type]
+    tied = model.embed_tokens.weight.nbytes if head is None else None
+    model.logits = timed(model.logits, "lm_head" if head is None else "logits", tied)
     try:
         yield uses
     finally:

@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from qwenfit.bench import compare as comparing
 from qwenfit.bench import peers
