@@ -12,13 +12,22 @@ from dataclasses import dataclass, replace
 from qwenfit.config import ModelConfig, published_linears
 from qwenfit.hardware import Hardware
 from qwenfit.planning.constants import fitted, read
+from qwenfit.planning.finetune_qwenfit import (
+    all_layers_bytes,
+    as_run,
+    layer_bytes,
+    loss_bytes,
+    parked_bytes,
+    share,
+    update_bytes,
+)
 from qwenfit.planning.inference_memory import context_bytes, workspace_bytes
 from qwenfit.planning.stack import Stack
 from qwenfit.planning.task import Finetune
 from qwenfit.planning.types import Memory
 from qwenfit.planning.weights import largest_linear, weight_bytes
 
-LOSS_CHUNK_BYTES = 128 * 2**20  # logits a fused loss holds at once, in float32 and turned into their gradient in place
+LOSS_CHUNK_BYTES = 128 * 2**20  # logits a fused loss holds at once, turned into their gradient in place
 
 
 @dataclass(frozen=True)
@@ -96,15 +105,21 @@ def finetune_memory(
     """Memory of every device at its peak (they are equal)."""
     devices = hardware.world_size
     base = _states(config, task, precision, stack, stage, devices)
-    moments = (
-        _at_loss(base, config, task, stack),
-        _at_layer(base, config, task, precision, stack),
-        _at_step(base, config, task, stack, stage, devices),
-    )
+    own = stack.name == "qwenfit" and hardware.device.kind != "cpu"
+    if own:
+        moments = _own_moments(base, config, as_run(config, task, hardware.device.kind), precision, stack, devices)
+    else:
+        moments = (
+            _at_loss(base, config, task, stack),
+            _at_layer(base, config, task, precision, stack),
+            _at_step(base, config, task, stack, stage, devices),
+        )
     peak = max(moments, key=lambda m: m.allocated)
     overhead = int(fitted("train_overhead_2023")) if stack.name == "transformers-4.3x" else 0
     context = context_bytes(hardware.device)
-    reserve = max(0, overhead - context) if overhead else int(0.02 * peak.allocated)
+    reserve = (
+        max(0, overhead - context) if overhead else int((share("train_reserve") if own else 0.02) * peak.allocated)
+    )
     peak = replace(peak, workspace=peak.workspace + workspace_bytes(hardware.device), reserve=reserve, context=context)
     return (peak,) * devices
 
@@ -156,6 +171,25 @@ def _full_states(config: ModelConfig, task: Finetune, stack: Stack, stage: int, 
         weights=int(weight * p) // (split if stage == 3 else 1) + gathered,
         gradients=int(gradient * p) // split,
         optimizer=int(optimizer * p) // split,
+    )
+
+
+def _own_moments(
+    base: Memory, config: ModelConfig, task: Finetune, precision: str, stack: Stack, devices: int
+) -> tuple[Memory, ...]:
+    """This project's trainer on a GPU: the loss, a layer's backward pass, the embedding's gradient, the update."""
+    base = replace(base, weights=base.weights - parked_bytes(config, task, devices))
+    parts = trainable(config, task)
+    kept = checkpoint_bytes(config, task) if task.checkpointing else all_layers_bytes(config, task)
+    live = layer_bytes(config, task, precision in ("int8", "int4")) if task.checkpointing else 0
+    tables = 2 * config.embedding_parameters if parts.tables or parts.whole else 0
+    head = 0 if task.optimizer == "fp32" else tables  # in float32 the head's gradient is added where it belongs
+    loss = loss_bytes(config, task, LOSS_CHUNK_BYTES)
+    return (
+        replace(base, logits=loss, activations=kept, gradients=base.gradients + head),
+        replace(base, activations=kept + live),
+        replace(base, gradients=base.gradients + tables),
+        replace(base, workspace=base.workspace + update_bytes(parts.total, task.optimizer)),
     )
 
 

@@ -7,6 +7,7 @@ from qwenfit.hardware import Hardware
 from qwenfit.planning.constants import fitted, read
 from qwenfit.planning.device_speed import MEASURED_READ_SHARE, READ_SHARE, link_bandwidth, matmul_flops
 from qwenfit.planning.finetune_memory import trainable
+from qwenfit.planning.finetune_qwenfit import as_run, share, traffic_bytes
 from qwenfit.planning.stack import Stack
 from qwenfit.planning.task import Finetune
 from qwenfit.planning.types import BANDWIDTH, COMPUTE, HOST, LINK, Interval, Speed
@@ -25,8 +26,20 @@ def training_flops(config: ModelConfig, task: Finetune) -> float:
     linear = quantized_parameters(config) * (4 + recompute + (2 if parts.whole else 0))
     head = config.embedding_parameters * (4 + (2 if parts.whole or parts.tables else 0))
     adapters = parts.adapters * (6 + recompute)
-    attention = 2 * task.seq_len * config.q_size * config.num_layers * (1 + recompute / 2 + 2.5)
-    return float(tokens * (linear + head + adapters + attention))
+    return float(tokens * (linear + head + adapters)) + attention_flops(config, task)
+
+
+def attention_flops(config: ModelConfig, task: Finetune) -> float:
+    """Attention's part of `training_flops`."""
+    passes = 1 + (1 if task.checkpointing else 0) + 2.5
+    return float(task.tokens * 2 * task.seq_len * config.q_size * config.num_layers * passes)
+
+
+def _own_compute(config: ModelConfig, task: Finetune, flops: float) -> float:
+    """Seconds of one pass's products and attention, `flops` being what a large product reaches."""
+    attention = attention_flops(config, task)
+    products = training_flops(config, task) - attention
+    return (products / share("train_product_share") + attention / share("train_attention_share")) / flops
 
 
 def finetune_speed(
@@ -39,16 +52,26 @@ def finetune_speed(
     host_factor: float = 1.0,
 ) -> Speed:
     """One optimizer step of `grad_accum` micro-batches on every device; tokens/s counts all devices."""
-    device, steps = hardware.device, task.grad_accum
-    compute = training_flops(config, task) / (matmul_flops(device, precision) * stack.train_share)
-    traffic = _elementwise_bytes(config, task, stack) / device.bandwidth
-    host = config.num_layers * stack.train_host * host_factor
+    device = hardware.device
+    own = stack.name == "qwenfit" and device.kind != "cpu"
+    if own:
+        task = as_run(config, task, device.kind)
+    steps = task.grad_accum
+    if own:
+        compute = _own_compute(config, task, matmul_flops(device, precision))
+        traffic = traffic_bytes(config, task) / (device.bandwidth * share("train_traffic_share"))
+        host = config.num_layers * share("train_host") * host_factor
+    else:
+        compute = training_flops(config, task) / (matmul_flops(device, precision) * stack.train_share)
+        traffic = _elementwise_bytes(config, task, stack) / device.bandwidth
+        host = config.num_layers * stack.train_host * host_factor
     if stage == 3 and stack.name == "transformers-4.3x":
         host += config.num_layers * fitted("host_zero3_2023") * host_factor
     unpack = _dequantization_seconds(config, hardware, precision, stack)
     link = _link_seconds(config, hardware, task, precision, stack, stage)
     micro = max(compute + traffic, host) + unpack + link
-    seconds = steps * micro + _update_seconds(config, hardware, task, stage)
+    update = _update_seconds(config, hardware, task, stage) * (share("train_update_passes") if own else 1)
+    seconds = steps * micro + update
     tokens = steps * task.tokens * hardware.world_size / seconds
     error = stack.speed_error
     terms = {"compute": compute, "memory": traffic + unpack, "host": host, "link": link}

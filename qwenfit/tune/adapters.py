@@ -92,9 +92,9 @@ class TokenRows(nn.Module):
 
     def __init__(self, model: Transformer, token_ids: list[int], dtype: torch.dtype) -> None:
         super().__init__()
-        table = model.embed_tokens.weight
-        self.register_buffer("token_ids", torch.tensor(sorted(set(token_ids)), device=table.device), persistent=False)
-        self.embed_tokens = nn.Parameter(table.detach()[self.token_ids].to(dtype))
+        table, device = model.embed_tokens.weight, device_of(model)
+        self.register_buffer("token_ids", torch.tensor(sorted(set(token_ids)), device=device), persistent=False)
+        self.embed_tokens = nn.Parameter(table.detach()[self.token_ids.to(table.device)].to(device, dtype))
         self.lm_head = None
         if model.lm_head is not None:
             head = head_weight(model).detach()
@@ -115,10 +115,15 @@ class TokenRows(nn.Module):
     def write(self, model: Transformer) -> None:
         """Put the rows into the tables that the network reads."""
         table = model.embed_tokens.weight
-        table[self.token_ids] = self.embed_tokens.to(table.dtype)
+        table[self.token_ids.to(table.device)] = self.embed_tokens.to(table.device, table.dtype)
         if self.lm_head is not None:
             head = head_weight(model)
             head[self.token_ids] = self.lm_head.to(head.dtype)
+
+
+def device_of(model: Transformer) -> torch.device:
+    """Where the network computes; its embedding may lie elsewhere (`offload.park_embedding`)."""
+    return model.norm.weight.device
 
 
 def head_weight(model: Transformer) -> Tensor:

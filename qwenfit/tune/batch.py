@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 IGNORE = -100  # a label that is not trained
 
@@ -54,6 +55,33 @@ def targets_of(batch: TrainBatch) -> Tensor:
     if batch.segment_ids is not None:
         targets[:, :-1][batch.segment_ids[:, 1:] != batch.segment_ids[:, :-1]] = IGNORE
     return targets
+
+
+def merged(batches: list[TrainBatch], count: int) -> list[TrainBatch]:
+    """Each `count` micro-batches as one, the narrower ones padded: the same gradients in fewer, larger passes."""
+    groups = [batches[i : i + count] for i in range(0, len(batches), count)]
+    return [_joined(group) if len(group) > 1 else group[0] for group in groups]
+
+
+def _joined(batches: list[TrainBatch]) -> TrainBatch:
+    width = max(b.input_ids.shape[1] for b in batches)
+
+    def rows(tensors: list[Tensor], fill: int) -> Tensor:
+        return torch.cat([pad(t, (0, width - t.shape[1]), value=fill) for t in tensors])
+
+    segments = None
+    if any(b.segment_ids is not None for b in batches):
+        whole = [
+            torch.zeros_like(b.labels, dtype=torch.int32) if b.segment_ids is None else b.segment_ids for b in batches
+        ]
+        segments = rows(whole, -1)
+    return TrainBatch(
+        rows([b.input_ids for b in batches], 0),
+        rows([b.labels for b in batches], IGNORE),
+        rows([b.position_ids for b in batches], 0),
+        segments,
+        [name for b in batches for name in b.sources],
+    )
 
 
 def segment_lengths(batch: TrainBatch) -> list[int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,10 +14,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from qwenfit.model.attention import Context, FullContext
 from qwenfit.model.transformer import Transformer
-from qwenfit.tune.adapters import head_weight, token_rows
+from qwenfit.tune.adapters import device_of, head_weight, token_rows
 from qwenfit.tune.batch import IGNORE, TrainBatch, segment_lengths, targets_of
 from qwenfit.tune.loss import linear_cross_entropy
-from qwenfit.tune.offload import offload_saved_tensors
+from qwenfit.tune.offload import embed, offload_saved_tensors, to_device
 
 # What the backward pass finds instead of computing it again, from least memory to most.
 KEEP = {
@@ -46,15 +47,15 @@ def batch_loss(
 
     keep: one of KEEP. offload: what is kept waits in host memory (CUDA). head_sink: see `linear_cross_entropy`.
     """
-    device = model.embed_tokens.weight.device
+    device = device_of(model)
     targets = targets_of(batch).flatten()
     trained = (targets != IGNORE).nonzero().flatten()
     hidden = hidden_states(model, batch, keep=keep, offload=offload)
     rows = token_rows(model)
     return linear_cross_entropy(
-        hidden[trained.to(device)],
+        hidden.index_select(0, to_device(trained, device)),
         head_weight(model),
-        targets[trained].to(device),
+        to_device(targets[trained], device),
         divisor,
         sink=head_sink,
         rows=None if rows is None else rows.head_rows,
@@ -64,33 +65,49 @@ def batch_loss(
 
 def hidden_states(model: Transformer, batch: TrainBatch, *, keep: str = "inputs", offload: bool = False) -> Tensor:
     """[B * S, hidden] after the final norm. NTK and LogN are off, as in Qwen-1's own training code."""
-    device = model.embed_tokens.weight.device
+    device = device_of(model)
     rows, length = batch.input_ids.shape
-    ids, positions = batch.input_ids.flatten().to(device), batch.position_ids.flatten().to(device)
+    positions = to_device(batch.position_ids.flatten(), device)
     angles = model.rotary.angles(positions, [length] * rows, [1.0] * rows, 0, model.dtype)
     lengths = segment_lengths(batch)
     # Right padding needs no mask: what is real never looks ahead, and padding is not trained.
     context: Context = FullContext(rows, None) if lengths is None else SegmentContext(lengths, device)
-    x: Tensor = model.embed_tokens(ids)
+    x = embed(model.embed_tokens, batch.input_ids.flatten(), device)
     if (trained := token_rows(model)) is not None:
-        x = trained.pull(x, ids)
+        x = trained.pull(x, to_device(batch.input_ids.flatten(), device))
     again = keep != "all" and torch.is_grad_enabled()
-    kept: Any = {"context_fn": functools.partial(create_selective_checkpoint_contexts, _keep_attention)}
+    # use_reentrant False: the only kind that saved-tensor hooks and frozen inputs work with.
+    how: Any = {"use_reentrant": False}
+    if keep == "attention":
+        how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
     with offload_saved_tensors(device) if offload else nullcontext():
-        for layer in model.layers:
+        for layer, fused in zip(model.layers, _fused_blocks(model, device), strict=True):
             if again:
-                # use_reentrant False: the only kind that saved-tensor hooks and frozen inputs work with.
-                more = kept if keep == "attention" else {}
-                x = checkpoint(layer, x, angles, context, use_reentrant=False, **more)
+                # Fused blocks draw from seeds of their own, so that nothing must be put back for the second time.
+                x = checkpoint(layer, x, angles, context, fused, preserve_rng_state=fused is None, **how)
             else:
-                x = layer(x, angles, context)
+                x = layer(x, angles, context, fused)
     out: Tensor = model.norm(x)
     return out
 
 
+def fusible(device: torch.device) -> bool:
+    """Whether blocks run in the kernels of tune/fused.py: on a GPU."""
+    return device.type == "cuda"
+
+
+def _fused_blocks(model: Transformer, device: torch.device) -> list[Callable[..., Tensor] | None]:
+    """For each layer, how it shall be computed; None: as it says itself."""
+    if not fusible(device):
+        return [None] * len(model.layers)
+    from qwenfit.tune.fused import SEEDS, run_block
+
+    seeds = torch.randint(SEEDS, (len(model.layers),)).tolist()
+    return [functools.partial(run_block, seed=seed) for seed in seeds]
+
+
 def _keep_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    keep = op in _ATTENTION or "varlen_attn" in str(op)
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class SegmentContext:
@@ -102,16 +119,16 @@ class SegmentContext:
         """lengths: of the segments; they sum to the tokens of the step."""
         self.lengths = lengths
         ends = torch.tensor([0, *lengths]).cumsum(0)
-        self.ends = ends.to(device=device, dtype=torch.int32)
+        self.ends = to_device(ends.int(), device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, heads, head_dim], k and v [T, kv_heads, head_dim] -> [T, heads * head_dim]."""
         if q.is_cuda and q.dtype != torch.float32:
-            from torch.nn.attention.varlen import varlen_attn
-
+            # What torch's varlen_attn calls; that has grouped heads only since torch 2.12.
             longest = max(self.lengths)
-            out = varlen_attn(q, k, v, self.ends, self.ends, longest, longest, window_size=(-1, 0), enable_gqa=True)
-            assert isinstance(out, Tensor)
+            out: Tensor = torch.ops.aten._flash_attention_forward(
+                q, k, v, self.ends, self.ends, longest, longest, 0.0, True, False
+            )[0]
             return out.flatten(1)
         parts = zip(*(torch.split(t, self.lengths) for t in (q, k, v)), strict=True)
         return torch.cat([_causal(*part) for part in parts])

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from qwenfit.errors import QwenfitError
 from qwenfit.model.transformer import Transformer
+from qwenfit.planning.finetune_qwenfit import micro_batches_per_pass
 from qwenfit.tune.adapters import head_weight, token_rows
-from qwenfit.tune.batch import IGNORE, BatchSource, TrainBatch, targets_of
+from qwenfit.tune.batch import IGNORE, BatchSource, TrainBatch, merged, targets_of
 from qwenfit.tune.config import TuneConfig
 from qwenfit.tune.optimizer import AdamW, learning_rate_factor
 from qwenfit.tune.state import State
@@ -117,6 +118,8 @@ def train_step(
 ) -> tuple[dict[str, Any], list[str]]:
     """One optimizer step; (loss, tokens, gradient norm), and the sources of the samples that spoilt it, if any."""
     tokens = int(world.total(sum(trained_tokens(batch) for batch in batches)))
+    tokens_each, hidden = config.micro_batch * config.seq_len, model.config.hidden_size
+    batches = merged(batches, micro_batches_per_pass(tokens_each, hidden, config.grad_accum, world.device.type))
     losses: list[Tensor] = []
     for number, batch in enumerate(batches, 1):
         loss = world.loss(

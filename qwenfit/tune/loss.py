@@ -39,10 +39,16 @@ def linear_cross_entropy(
     return loss
 
 
-def chunk_tokens(vocab_size: int, dtype: torch.dtype) -> int:
-    """Tokens whose float32 logits, and their copy in a 16-bit type, take LOSS_CHUNK_BYTES."""
-    bytes_each = 4 if dtype == torch.float32 else 6
-    return max(1, LOSS_CHUNK_BYTES // (vocab_size * bytes_each))
+def chunk_tokens(vocab_size: int, dtype: torch.dtype, fused: bool) -> int:
+    """Tokens whose logits take LOSS_CHUNK_BYTES; in a 16-bit type, unless `fused`, with a float32 copy."""
+    bytes_each = dtype.itemsize if fused or dtype == torch.float32 else 4 + dtype.itemsize
+    tokens = max(1, LOSS_CHUNK_BYTES // (vocab_size * bytes_each))
+    return tokens // 128 * 128 if fused and tokens > 128 else tokens  # whole tiles of the matrix product
+
+
+def fusible(device: torch.device) -> bool:
+    """Whether logits become their gradient in one kernel: on a GPU."""
+    return device.type == "cuda"
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -62,20 +68,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight) if needs_weight and sink is None else None
         grad_rows = torch.zeros_like(rows) if needs_rows and rows is not None else None
-        step = chunk_tokens(weight.shape[0], hidden.dtype)
+        fused = fusible(hidden.device)
+        step = chunk_tokens(weight.shape[0], hidden.dtype, fused)
         for start in range(0, len(hidden), step):
             part = slice(start, start + step)
-            x, target = hidden[part], targets[part, None]
-            logits = linear(x, weight).float()
-            logits -= logits.amax(1, keepdim=True)
-            loss -= logits.gather(1, target).sum()
-            total = logits.exp_().sum(1, keepdim=True)
-            loss += total.log().sum()
-            if not (needs_hidden or needs_weight or needs_rows):
+            x = hidden[part]
+            value_and_grad = _fused_chunk if fused else _chunk
+            value, grad = value_and_grad(linear(x, weight), targets[part], divisor, any(ctx.needs_input_grad))
+            loss += value
+            if grad is None:
                 continue
-            grad = logits.div_(total)
-            grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
-            grad = grad.div_(divisor).to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[part])
             if grad_weight is not None:
@@ -84,6 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _add_product(sink, grad.T, x)
             if grad_rows is not None and row_ids is not None:
                 grad_rows += (grad[:, row_ids].T @ x).to(grad_rows.dtype)
+            del grad  # before the next chunk's logits are made
         ctx.grads = (grad_hidden, grad_weight, grad_rows)
         return loss / divisor
 
@@ -93,6 +96,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, weight, rows = (None if g is None else g.mul_(scale.to(g.dtype)) for g in ctx.grads)
         ctx.grads = ()
         return hidden, weight, None, None, None, rows, None
+
+
+def _chunk(logits: Tensor, targets: Tensor, divisor: float, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """(sum of the rows' losses, gradient of that sum / divisor with respect to the logits, of their dtype)."""
+    dtype, target = logits.dtype, targets[:, None]
+    logits = logits.float()
+    logits -= logits.amax(1, keepdim=True)
+    loss = -logits.gather(1, target).sum()
+    total = logits.exp_().sum(1, keepdim=True)
+    loss += total.log().sum()
+    if not needs_grad:
+        return loss, None
+    grad = logits.div_(total)
+    grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
+    return loss, grad.div_(divisor).to(dtype)
+
+
+def _fused_chunk(logits: Tensor, targets: Tensor, divisor: float, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """As `_chunk`; the gradient takes the logits' place."""
+    from qwenfit.kernels.triton.cross_entropy import cross_entropy
+
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    cross_entropy(logits, targets, divisor, losses, needs_grad)
+    return losses.sum(), logits if needs_grad else None
 
 
 def _add_product(sink: Tensor, a: Tensor, b: Tensor) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-GROUP_ELEMENTS = 1 << 24  # updated at once: the update's float32 temporaries take 64 MiB each
+from qwenfit.planning.finetune_qwenfit import GROUP_ELEMENTS
+
 BLOCK = 256  # values that share a scale in an 8-bit moment
 
 
@@ -154,7 +155,7 @@ class AdamW:
 
     def gradient_norm(self) -> Tensor:
         """The 2-norm over all gradients: float32 scalar, NaN or infinite if any gradient is."""
-        norms = [torch.linalg.vector_norm(self.gradient(name), dtype=torch.float32) for name in self.values]
+        norms = torch._foreach_norm([self.gradient(name) for name in self.values], 2, torch.float32)
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return norm
 
@@ -163,7 +164,32 @@ class AdamW:
         """One update with the gradients times `gradient_scale` (clipping)."""
         self.steps += 1
         for index, group in enumerate(self.groups):
-            self._update(index, group, lr, gradient_scale)
+            first, second = group.moments
+            device = self.values[group.slices[0].name].device
+            if fusible(device) and isinstance(first, PlainMoment) and isinstance(second, PlainMoment):
+                self._update_fused(index, group, (first.values, second.values), lr, gradient_scale)
+            else:
+                self._update(index, group, lr, gradient_scale)
+
+    def _update_fused(
+        self, index: int, group: _Group, moments: tuple[Tensor, Tensor], lr: float, gradient_scale: float
+    ) -> None:
+        """As `_update`, in one kernel."""
+        from qwenfit.kernels.triton.adamw import Update, adamw
+
+        grad = self._flat(group.slices, self.gradient)
+        weight = group.master if group.master is not None else self._flat(group.slices, self.values.__getitem__)
+        decay = 1 - lr * self.weight_decay if group.decay else 1.0
+        update = Update(lr, self.betas, self.eps, decay, self.steps, gradient_scale)
+        adamw(weight, grad, *moments, update, _mixed(self.seed, self.steps, index) % 2**31)
+        self._scatter(group.slices, weight)
+
+    def _flat(self, slices: list[Slice], of: Callable[[str], Tensor]) -> Tensor:
+        """The slices end to end; a single one as it is, not a copy."""
+        if len(slices) == 1:
+            (s,) = slices
+            return of(s.name).reshape(-1)[s.start : s.stop]
+        return self._gather(slices, of)
 
     def _update(self, index: int, group: _Group, lr: float, gradient_scale: float) -> None:
         beta1, beta2 = self.betas
@@ -190,9 +216,9 @@ class AdamW:
         return torch.cat(parts)
 
     def _scatter(self, slices: list[Slice], values: Tensor) -> None:
-        parts = torch.split(values, [s.stop - s.start for s in slices])
-        for s, part in zip(slices, parts, strict=True):
-            self.values[s.name].view(-1)[s.start : s.stop].copy_(part)
+        places = [self.values[s.name].view(-1)[s.start : s.stop] for s in slices]
+        if len(slices) > 1 or places[0].data_ptr() != values.data_ptr():
+            torch._foreach_copy_(places, list(torch.split(values, [len(place) for place in places])))
 
     def zero(self) -> None:
         """Forget the gradients."""
@@ -264,12 +290,21 @@ def _slices(parameters: dict[str, Tensor]) -> list[tuple[list[Slice], bool]]:
     return groups
 
 
-def _generator(parts: tuple[int, ...], device: torch.device) -> torch.Generator:
-    """Draws that depend on `parts` alone, so that a resumed run makes the same ones."""
+def fusible(device: torch.device) -> bool:
+    """Whether an update is one kernel: on a GPU."""
+    return device.type == "cuda"
+
+
+def _mixed(*parts: int) -> int:
     mixed = 0
     for part in parts:
         mixed = (mixed * 1_000_003 + part + 1) % 2**63
-    return torch.Generator(device).manual_seed(mixed)
+    return mixed
+
+
+def _generator(parts: tuple[int, ...], device: torch.device) -> torch.Generator:
+    """Draws that depend on `parts` alone, so that a resumed run makes the same ones."""
+    return torch.Generator(device).manual_seed(_mixed(*parts))
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:

@@ -10,6 +10,7 @@ from qwenfit.config import ModelConfig
 from qwenfit.errors import DoesNotFit, QwenfitError, UsageError
 from qwenfit.planning.advice import advice_for
 from qwenfit.planning.finetune_memory import checkpoint_bytes, trainable
+from qwenfit.planning.finetune_qwenfit import as_run
 from qwenfit.planning.planner import plan, resolve, verdict
 from qwenfit.planning.render import size
 from qwenfit.planning.stack import get_stack
@@ -73,15 +74,15 @@ def _check_method(model: ModelConfig, method: str, config: TuneConfig) -> None:
 
 def _as_configured(made: Plan, config: TuneConfig) -> Plan:
     """The plan with what this trainer's own settings change: float32 compute, moments, what is kept, offload."""
-    task, memory = made.task, made.memory
-    assert isinstance(task, Finetune)
+    assert isinstance(made.task, Finetune)
+    task, memory = as_run(made.model, made.task, made.hardware.device.kind), made.memory
     if config.precision == "fp32":
         wide = {part: 2 * getattr(memory, part) for part in ("weights", "activations")}
         if task.method == "full":  # the weights are their own master
             wide = {"weights": 0, "activations": 2 * memory.activations}
         memory = replace(memory, **wide)
         made = replace(made, precision="fp32")
-    if config.moments == "fp32" and config.optimizer == "fp32":
+    if (config.moments == "fp32" or config.deepspeed) and config.optimizer == "fp32":
         memory = replace(memory, optimizer=memory.optimizer + 4 * trainable(made.model, task).total)
     if config.keep == "attention":
         attention = task.tokens * 2 * made.model.q_size * made.model.num_layers

@@ -104,7 +104,8 @@ def test_the_finest_precision_is_chosen_and_q_lora_is_never_16_bit() -> None:
         *("bf16", "fp16", "int8", "int4"),
     ]
     assert finest("A100-SXM4-80GB", "qlora") == "int8"
-    assert finest("RTX 3070", "qlora") is None
+    assert finest("RTX 3070", "qlora") == "int4"
+    assert finest("GTX 1660", "qlora") is None
     assert finest("RTX 3080", "qlora") == "int4"
     assert finest("RTX 3060 12GB", "lora") is None
 
@@ -185,7 +186,7 @@ def test_the_guides_recommendations_are_given_where_they_apply() -> None:
     assert "use ZeRO-2 between nodes" in said(model="Qwen-7B", task="lora", zero=3, **between)
     assert "keep ZeRO-3, with a fast network" in said(model="Qwen-72B", task="full", **between | {"nodes": 4})
     assert "gradient checkpointing on" in said(
-        model="Qwen-7B", task="lora", gpu="RTX 3090", checkpointing=False, seq_len=1024
+        model="Qwen-7B", task="lora", gpu="RTX 3090", checkpointing=False, seq_len=4096
     )
     assert "train with Q-LoRA" in said(model="Qwen-7B", task="lora", gpu="RTX 3060 12GB")
     assert "share the prefix" in said(model="Qwen-7B", gpu="A100-SXM4-80GB", batch=8, prompt=1024)

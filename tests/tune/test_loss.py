@@ -14,7 +14,7 @@ TOKENS, HIDDEN, VOCAB = 37, 16, 50
 
 @pytest.fixture(params=[1, 8, 1000], ids=lambda n: f"{n} tokens a chunk")
 def chunks(request, monkeypatch):
-    monkeypatch.setattr(module, "chunk_tokens", lambda vocab, dtype: request.param)
+    monkeypatch.setattr(module, "chunk_tokens", lambda vocab, dtype, fused: request.param)
 
 
 def tensors(dtype=torch.float32, seed=0):
