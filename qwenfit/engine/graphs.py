@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from qwenfit.kernels.triton.step_inputs import StepBuffers, fill_step
 from qwenfit.model.decode import DecodeStep
 from qwenfit.model.kv_cache import KVCache
 from qwenfit.model.transformer import Transformer
@@ -38,21 +39,18 @@ class DecodeGraphs:
         for size in reversed(self.sizes):
             self._record(size)
 
-    def run(self, numbers: torch.Tensor, block_tables: torch.Tensor, alphas: Sequence[float]) -> torch.Tensor:
+    def run(
+        self, numbers: torch.Tensor, block_tables: torch.Tensor, last: torch.Tensor, alphas: Sequence[float]
+    ) -> torch.Tensor:
         """float32 logits [batch, vocab_size], valid until the next call.
 
-        numbers int64 [4, batch]: token ids, positions, slots and context lengths (with the new token); block_tables
-        int32 [batch, up to max_blocks]; alphas: the NTK alpha of each request.
+        numbers, block_tables and last as `fill_step` takes them; alphas: the NTK alpha of each request.
         """
         batch = numbers.shape[1]
         size = next(size for size in self.sizes if size >= batch)
         step, graph = self._recorded[size]
-        for buffer, row in zip((step.input_ids, step.positions, step.slots, step.context_lens), numbers, strict=True):
-            buffer[:batch].copy_(row)
-        step.block_tables[:batch, : block_tables.shape[1]].copy_(block_tables)
-        if batch < size:
-            step.slots[batch:].fill_(-1)
-            step.context_lens[batch:].zero_()
+        buffers = StepBuffers(step.input_ids, step.positions, step.slots, step.context_lens, step.block_tables)
+        fill_step(buffers, numbers, block_tables, last)
         step.set_alphas(alphas)
         graph.replay()
         return self._logits[:batch]

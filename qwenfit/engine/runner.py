@@ -137,10 +137,8 @@ class Runner:
             [request.computed + 1 for request in requests],
         ]
         on_device = to_device(torch.tensor(numbers), self.device)
-        if any(request.pending for request in requests):
-            on_device[0] = self._ids(on_device[0])
-        tables = to_device(self._block_tables(requests), self.device)
-        return graphs.run(on_device, tables, [request.alpha for request in requests])
+        tables = to_device(self._block_tables(requests).contiguous(), self.device)
+        return graphs.run(on_device, tables, self._last, [request.alpha for request in requests])
 
     def _batch(self, requests: list[Request]) -> Batch:
         ids: list[int] = []
