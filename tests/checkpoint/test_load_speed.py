@@ -1,0 +1,53 @@
+"""Loading is as fast as reading: what a user waits for is the file, not what is made of it."""
+
+import time
+
+import torch
+from models import qwen2_config, qwen2_tensors, write_model
+
+from qwenfit.checkpoint import headers_safetensors
+from qwenfit.checkpoint.load import load_model
+
+ROUNDS = 5
+SHARE = 0.7  # of the speed of reading the file into memory
+CONFIG = qwen2_config(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=16, vocab_size=16_000
+)
+
+
+def seconds(work) -> float:
+    started = time.perf_counter()
+    kept = work()
+    taken = time.perf_counter() - started
+    del kept
+    return taken
+
+
+def test_loading_is_as_fast_as_reading_the_file_into_memory(tmp_path):
+    """Both from the page cache into fresh memory, in turns, the best of each: what else runs here slows both."""
+    tensors = qwen2_tensors(CONFIG)
+    for name, shards in (("one", 1), ("sharded", 3)):
+        folder = write_model(tmp_path / name, CONFIG, tensors, shards)
+        files = sorted(folder.glob("*.safetensors"))
+        read, loaded = [], []
+        for _ in range(ROUNDS):
+            read.append(seconds(lambda files=files: [file.read_bytes() for file in files]))
+            loaded.append(seconds(lambda folder=folder: load_model(folder)))
+        share = min(read) / min(loaded)
+        print(f"\n{name}: {share:.2f} of the speed of reading {sum(f.stat().st_size for f in files) / 1e6:.0f} MB")
+        assert share >= SHARE
+
+
+def test_headers_are_read_once(tmp_path, monkeypatch):
+    """From the name to the weights; the checked headers travel in the config."""
+    calls = []
+    original = headers_safetensors.read_safetensors_header
+
+    def counted(path):
+        calls.append(path)
+        return original(path)
+
+    monkeypatch.setattr(headers_safetensors, "read_safetensors_header", counted)
+    config = qwen2_config()
+    load_model(write_model(tmp_path / "m", config, qwen2_tensors(config, torch.bfloat16), shards=3))
+    assert sorted(path.name for path in calls) == [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
