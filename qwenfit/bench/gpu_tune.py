@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import json
 import os
 import subprocess
@@ -86,9 +87,12 @@ class Session:
 
 def run_tests(limit: float) -> str:
     """The last lines of pytest over TESTS, in a process of its own, ended after `limit` seconds."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "-p", "no:cacheprovider", *TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=5", "--tb=short", "--noconftest", *TESTS]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+        paths = {"PYTHONPATH": os.pathsep.join([".", "tests", os.environ.get("PYTHONPATH", "")])}
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=limit, check=False, env=os.environ | paths
+        )
         return done.stdout[-3000:] + done.stderr[-500:]
     except subprocess.TimeoutExpired as expired:
         out = expired.stdout
@@ -193,11 +197,13 @@ def run_cells(session: Session, rate: float, out: Path) -> None:
             print(cell_line(record), flush=True)
 
         session.part(name, one, needs=8)
-        if name == "Qwen-7B lora 1024" and trainee is not None and session.left > 60:
+        if name == "Qwen-7B lora 256" and trainee is not None and session.left > 60:
             work = functools.partial(profile, trainee, settings)
             session.found["profile"] = session.part("profile", work)
         if name in session.found["failed"]:
             trainee = None  # half made, perhaps
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 def run_peers(session: Session) -> None:

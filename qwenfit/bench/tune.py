@@ -49,6 +49,13 @@ class Trainee:
     optimizer: AdamW
     world: World
 
+    def release(self) -> None:
+        """Let go of what is large, whoever still holds this."""
+        del self.model, self.optimizer
+        gc.collect()
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -68,6 +75,8 @@ def bench_cell(
 
     matmul: FLOP/s that a large product reaches here. Raises DoesNotFit before anything is loaded.
     """
+    if trainee is not None and trainee.key != key_of(settings):
+        trainee.release()  # before the plan asks what is free
     made = plan_tune(settings)
     device = "cpu" if made.hardware.device.kind == "cpu" else "cuda"
     trainee = make_trainee(settings, made.model, made.precision, device, trainee)
@@ -75,19 +84,18 @@ def bench_cell(
     return _record(made, settings, measure(trainee, settings, steps), matmul), trainee
 
 
+def key_of(settings: TuneConfig) -> tuple[Any, ...]:
+    """The settings that a trainee is made from."""
+    s = settings
+    return (s.model, s.method, s.precision, s.optimizer, s.moments, s.lora_rank, s.lora_alpha, s.lora_dropout, s.seed)
+
+
 def make_trainee(
     settings: TuneConfig, config: ModelConfig, precision: str, device: str, before: Trainee | None = None
 ) -> Trainee:
     """A network of `config` with random weights, adapted as `settings` say; or `before`, if it is the same."""
-    key = (settings.model, settings.method, precision, settings.optimizer, settings.lora_rank, settings.lora_dropout)
-    if before is not None:
-        if before.key == key:
-            return before
-        # The caller's name still holds it: what is large goes now.
-        del before.model, before.optimizer
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
+    if before is not None and before.key == key_of(settings):
+        return before
     torch.manual_seed(settings.seed)
     model = random_network(config, precision, device)
     if settings.method == "full":
@@ -103,7 +111,7 @@ def make_trainee(
         park_embedding(model)
     moments = torch.bfloat16 if settings.moments == "bf16" else torch.float32
     optimizer = AdamW(trained_parameters(model), settings.optimizer, moments=moments, seed=settings.seed)
-    return Trainee(key, config, model.train(), optimizer, World(device))
+    return Trainee(key_of(settings), config, model.train(), optimizer, World(device))
 
 
 def random_network(config: ModelConfig, precision: str, device: str) -> Transformer:

@@ -12,6 +12,7 @@ if torch.cuda.is_available():
     pytest.skip("on a GPU test_gpu_tune.py compares with the CPU", allow_module_level=True)
 
 from qwenfit.checkpoint.load import load_model
+from qwenfit.kernels.triton import adamw
 from qwenfit.tune import forward, loop, loss, optimizer
 from qwenfit.tune.adapters import LoRA, add_lora, device_of, train_rows
 from qwenfit.tune.batch import IGNORE, merged, targets_of
@@ -35,6 +36,7 @@ def fused(monkeypatch):
     def turn_on() -> None:
         for module in (forward, loss, optimizer):
             monkeypatch.setattr(module, "fusible", lambda device: True)
+        monkeypatch.setattr(adamw, "_TILE", 1 << 14)  # the interpreter takes its time for each program
 
     return turn_on
 
