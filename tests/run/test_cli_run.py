@@ -227,6 +227,11 @@ def test_bench_prints_and_records_what_it_measured(cli: Cli, tiny: Path, tmp_pat
     assert prefill.returncode == 0 and "prompt tokens per s" in prefill.stdout and "elsewhere" in prefill.stdout
 
 
+def test_the_guide_s_rows_want_a_gpu(cli: Cli, tmp_path: Path) -> None:
+    failed(cli("bench", "guide", CUDA_VISIBLE_DEVICES=""), 1, "no CUDA device")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_beyond_the_tolerance_is_6_and_the_record_is_kept(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     options = ("--generate", 8, "--repeat", 1, "--tolerance", 1e-9)
     failed(cli("bench", "decode", tiny, *options), 6, "was planned at")
@@ -282,6 +287,22 @@ def test_convert_writes_once(cli: Cli, tmp_path: Path) -> None:
     before = (tmp_path / "out/model.safetensors").stat().st_mtime_ns
     failed(cli("convert", source, "out"), 2, "not empty")
     assert (tmp_path / "out/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_convert_dequantises_gptq_where_asked(cli: Cli, tmp_path: Path) -> None:
+    """As Qwen-7B-Chat-Int4 is laid out: packed under Qwen2's names for vLLM, or plain 16-bit weights."""
+    from safetensors.torch import load_file
+
+    source = ROOT / "tests/golden/qwen1_gptq/int4"
+    packed = cli("convert", source, "packed")
+    assert packed.returncode == 0 and "quantization_config" in (tmp_path / "packed/config.json").read_text()
+    assert load_file(tmp_path / "packed/model.safetensors")["model.layers.0.mlp.up_proj.qweight"].dtype.itemsize == 4
+    plain = cli("convert", source, "plain", "--dequantize", "--dtype", "float16")
+    assert plain.returncode == 0 and "were dequantised" in plain.stdout
+    weights = load_file(tmp_path / "plain/model.safetensors")
+    assert "quantization_config" not in (tmp_path / "plain/config.json").read_text()
+    assert str(weights["model.layers.0.mlp.up_proj.weight"].dtype) == "torch.float16"
+    failed(cli("convert", source, "other", "--dtype", "int4"), 2, "float16")
 
 
 def test_doctor_says_what_runs(cli: Cli) -> None:
@@ -341,6 +362,25 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(cli: Cli) -> Non
     failed(cli("bench", "decode", "Qwen-72B", "--random-weights", *huge), 3, "needs")
 
 
+CRAMPED = """
+import resource, sys
+import torch, qwenfit.engine.llm, qwenfit.checkpoint.load
+from qwenfit.cli import main
+virtual = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (virtual + 300_000_000,) * 2)
+main(sys.argv[1:])
+"""
+
+
+def test_memory_that_runs_out_is_one_sentence_and_3(tiny: Path, tmp_path: Path) -> None:
+    """The plan found it free; a limit that it cannot see (ulimit -v) says no. 537 MB of cache into 300."""
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}\n')
+    options = ("--context", "32768", "--batch", "16", "--kv-cache", "fp32", "--device", "cpu")
+    command = [sys.executable, "-c", CRAMPED, "generate", str(tiny), "-i", "in.jsonl", "-o", "out.jsonl", *options]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    failed(done, 3, "Memory ran out")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
@@ -371,6 +411,12 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(cli: Cli) -> Non
         (("bench", "perplexity", "TINY"), 2, "--text FILE"),
         (("bench", "perplexity", "TINY", "--text", "none.txt"), 4, "cannot be read"),
         (("bench", "perplexity", "TINY", "--text", "TINY/model.safetensors"), 5, "UTF-8"),
+        (("bench", "guide", "Qwen-9B"), 2, "no inference rows"),
+        (("bench", "decode", "TINY", "--out", "x.md"), 2, "belong to"),
+        (("bench", "perplexity", "TINY", "--profile"), 2, "no profile"),
+        (("compare", "Kwen-7B"), 4, "Did you mean Qwen-7B"),
+        (("compare", "TINY", "--generate", 1), 2, "generate"),
+        (("compare", "TINY", "--record", "TINY/config.json"), 4, "cannot be written"),
         (("convert", "TINY", "out"), 2, "nothing to convert"),
         (("frobnicate",), 2, "No such command"),
     ],
