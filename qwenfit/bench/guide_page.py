@@ -29,7 +29,7 @@ def guide_page(record: dict[str, Any], name: str) -> str:
         f"Generated from measurements/{name} by `python -m qwenfit.bench.guide_page docs/measured.md`; do not edit it. "
         "`make fresh` fails when page and record disagree.",
         _setting(record),
-        _summary(rows),
+        summary(rows),
         "## Inference: 2,048 tokens from a 1-token prompt, one request",
         _table(_INFERENCE, [row for row in rows if row["table"] == INFERENCE]),
         "## KV cache by batch: 1,024 tokens for each request",
@@ -53,7 +53,8 @@ def _setting(record: dict[str, Any]) -> str:
     )
 
 
-def _summary(rows: list[dict[str, Any]]) -> str:
+def summary(rows: list[dict[str, Any]]) -> str:
+    """How many rows ran, and how far the plan was off."""
     measured = [row for row in rows if row["measured"]]
     speed = _errors(measured, "tokens_per_s")
     lines = [

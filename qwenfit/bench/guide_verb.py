@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from qwenfit.bench.guide_page import summary
 from qwenfit.bench.guide_rows import guide_rows
 from qwenfit.bench.guide_run import gpu_bench, run_and_write
 from qwenfit.bench.record import check_folder
@@ -53,8 +54,7 @@ def bench_guide(
         tell=echo,
     )
     failed = [row for row in made["rows"] if row["why"] is not None and row["why"].startswith("failed")]
-    ran = sum(row["measured"] is not None for row in made["rows"])
-    echo(f"{ran} of {len(made['rows'])} rows ran in {made['seconds']:.0f} s; record in {record}")
+    echo(f"{summary(made['rows'])}\n{made['seconds']:.0f} s; record in {record}" + (f", page {page}" if page else ""))
     return 1 if failed else 0
 
 

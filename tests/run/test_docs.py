@@ -42,5 +42,6 @@ def test_a_documented_command_is_taken(page: str, words: list[str], capsys: pyte
 
 
 def test_each_verb_has_a_page() -> None:
-    assert {"plan", "chat", "generate", "bench", "compare", "convert", "doctor", "guide"} <= {page.stem for page in PAGES}
+    pages = {page.stem for page in PAGES}
+    assert {"plan", "chat", "generate", "bench", "compare", "convert", "doctor", "guide"} <= pages
     assert len(commands()) > 30
