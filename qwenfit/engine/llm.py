@@ -50,7 +50,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str,
+        model: str | ModelConfig,
         *,
         precision: str | None = None,
         head_precision: str | None = None,

@@ -58,7 +58,9 @@ def ragged_plan(step: RaggedStep) -> RaggedPlan:
 
 
 def _on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    if device.type == "cpu" or tensor.numel() == 0:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def ragged_attention_reference(
