@@ -64,6 +64,13 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         missing = missing_extra(package, EXTRA_OF[package])
         _fail(missing.message, missing.hint, missing.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        from qwenfit.tune.planned import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        hint = "a shorter --context, a smaller --batch, --precision int4; qwenfit plan MODEL shows what each takes"
+        _fail("Memory ran out: something else took what the plan had found free, or a limit lies below it.", hint, 3)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
     except BrokenPipeError:  # `qwenfit plan | head`

@@ -186,15 +186,23 @@ def rm(model: str, yes: bool) -> None:
 @click.command()
 @click.argument("source")
 @click.argument("target", type=click.Path(path_type=Path))
-def convert(source: str, target: Path) -> None:
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="of plain weights  [as stored]")
+@click.option("--dequantize", is_flag=True, help="GPTQ or AWQ layers to plain weights; else they stay packed")
+def convert(source: str, target: Path, dtype: str | None, dequantize: bool) -> None:
     """Write SOURCE (a Qwen-1 checkpoint or a GGUF) as a folder in the Qwen2 layout at TARGET.
 
-    transformers 5, vLLM, SGLang and llama.cpp can serve the result.
+    transformers 5, vLLM, SGLang and llama.cpp can serve the result. llama.cpp's converter wants GPTQ dequantised.
+
+    \b
+    qwenfit convert ./Qwen-7B-Chat ./qwen-7b-chat-qwen2
+    qwenfit convert ./Qwen-7B-Chat-Int4 ./qwen-7b-chat-16bit --dequantize
+    qwenfit convert ./model.gguf ./model-safetensors --dtype float16
     """
     from qwenfit.checkpoint.convert import convert as run
     from qwenfit.run.planned import stderr_progress
 
-    click.echo(run(source, target, progress=stderr_progress("converting")).text)
+    report = run(source, target, dtype=dtype, dequantize=dequantize, progress=stderr_progress("converting"))
+    click.echo(report.text)
 
 
 @click.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -20,11 +21,13 @@ from qwenfit.checkpoint.weights import FLOAT_DTYPES, CanonicalWeights, WeightSou
 from qwenfit.checkpoint.weights_gguf import GGUFSource
 from qwenfit.checkpoint.weights_safetensors import SafetensorsSource
 from qwenfit.config import ModelConfig
-from qwenfit.errors import NotFound, UsageError
+from qwenfit.detect import cpu_host
+from qwenfit.errors import DoesNotFit, NotFound, UsageError
 from qwenfit.kernels import native, pages, rounding
 from qwenfit.kernels.packed import PackedWeight
 from qwenfit.model.linear import Linear
 from qwenfit.model.transformer import Transformer
+from qwenfit.planning.render import size
 from qwenfit.quantize.rtn import quantize_rtn
 from qwenfit.quantize.types import QuantizedWeight
 
@@ -159,6 +162,8 @@ class Loader:
         self.done = 0
 
     def load(self) -> Transformer:
+        """Raises DoesNotFit, before anything is allocated, when the weights alone are more than what is free."""
+        self._check_room()
         jobs: list[Job] = []
         for parameter in self.parameters:
             todo = self._fill(parameter)
@@ -167,6 +172,24 @@ class Loader:
             jobs += todo
         run(jobs, self._count)
         return self.model
+
+    def _check_room(self) -> None:
+        needed, free = sum(map(self._loaded_bytes, self.parameters)), free_memory(self.device)
+        if free is not None and needed > free:
+            raise DoesNotFit(
+                f"The weights of {self.model.config.name} take {size(needed)} on {self.device} "
+                f"and {size(max(free, 0))} are free.",
+                f"qwenfit plan {self.model.config.source} shows what would fit, such as --precision int4",
+            )
+
+    def _loaded_bytes(self, parameter: Parameter) -> int:
+        """Bytes that a parameter takes in the network; a tied head that is quantized adds its own."""
+        plain = math.prod(parameter.shape) * self.model.dtype.itemsize
+        tied = self.model.config.tie_word_embeddings
+        if parameter.name == "embed_tokens.weight":
+            return plain + (_integer_bytes(parameter, self.head_bits) if tied and self.head_bits else 0)
+        bits = self.head_bits if parameter.name == "lm_head.weight" else self.bits
+        return _integer_bytes(parameter, bits) if bits and len(parameter.shape) == 2 else plain
 
     def _count(self, nbytes: int) -> None:
         self.done += nbytes
@@ -212,6 +235,24 @@ class Loader:
         else:
             linear = Linear(None, None, weights.packed(parameter, bits, GROUP_SIZE, dtype, self.device))
         return linear, []
+
+
+def _integer_bytes(parameter: Parameter, bits: int) -> int:
+    """Codes, and a float32 scale for each group."""
+    elements = math.prod(parameter.shape)
+    return elements * bits // 8 + elements // GROUP_SIZE * 4
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that weights can take there now: what is free of a GPU, of RAM and swap; None for other devices."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    if device.type != "cpu":
+        return None
+    import psutil  # type: ignore[import-untyped, unused-ignore]
+
+    return cpu_host().usable_bytes + int(psutil.swap_memory().free)
 
 
 def _rounding_jobs(weights: CanonicalWeights, parameter: Parameter, packed: PackedWeight) -> Iterator[Job]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from qwenfit.config import ModelConfig
 from qwenfit.errors import DoesNotFit, UsageError
 from qwenfit.hardware import Device
 from qwenfit.planning.planner import plan, this_device
@@ -63,7 +64,7 @@ def plan_run(options: RunOptions) -> Plan:
     check_count("context", context, least=2)
     generate = max(1, min(2048, context // 2))
     made = plan(
-        config if options.model == config.name else options.model,
+        config,
         gpu=run_device(options.device),
         precision=options.precision,
         kv_cache=options.kv_cache or default_cache(options.precision),
@@ -72,9 +73,15 @@ def plan_run(options: RunOptions) -> Plan:
         generate=generate,
         batch=options.batch,
     )
+    made = replace(made, spec=options.model)  # what the commands it prints name
     if not made.fits and not options.force:
         raise DoesNotFit(_does_not_fit(made), _what_would(made))
     return made
+
+
+def has_files(model: ModelConfig) -> bool:
+    """Whether the weights lie on this machine: their headers were read from files."""
+    return bool(model.tensors) and all(tensor.file for tensor in model.tensors or ())
 
 
 def default_cache(precision: str | None) -> str:
@@ -113,7 +120,7 @@ def load_planned(options: RunOptions, progress: Callable[[int, int], None] | Non
     context = task.context
     blocks = options.batch * -(-context // BLOCK_SIZE)
     llm = LLM(
-        options.model,
+        made.model if has_files(made.model) else options.model,  # its headers are read already
         precision=made.precision,
         head_precision=options.head_precision,
         adapter=options.adapter,

@@ -15,7 +15,7 @@ from qwenfit.checkpoint.load import load_model, open_weights
 from qwenfit.checkpoint.resolve import resolve_model, tensor_infos
 from qwenfit.checkpoint.weights import CanonicalWeights
 from qwenfit.checkpoint.weights_safetensors import SafetensorsSource
-from qwenfit.errors import BadFile, NotFound, UsageError
+from qwenfit.errors import BadFile, DoesNotFit, NotFound, UsageError
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -150,6 +150,26 @@ def test_config_of_huge_sizes_allocates_nothing(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < MEMORY_LIMIT
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize(("tied", "head"), [(False, None), (False, "int8"), (True, "int8")])
+def test_weights_beyond_what_is_free_are_refused_before_anything_is_allocated(
+    tmp_path, monkeypatch, precision, tied, head
+):
+    """One byte less than the model will hold is too little, and no memory is asked for."""
+    config = qwen2_config(tie_word_embeddings=tied)
+    folder = write_model(tmp_path / "m", config, qwen2_tensors(config))
+    model, _ = load_model(folder, precision=precision, head_precision=head)
+    held = sum(p.nbytes for p in model.parameters())
+    held += sum(m.packed.nbytes for m in model.modules() if getattr(m, "packed", None) is not None)
+    monkeypatch.setattr("qwenfit.checkpoint.load.free_memory", lambda device: held)
+    load_model(folder, precision=precision, head_precision=head)
+    monkeypatch.setattr("qwenfit.checkpoint.load.free_memory", lambda device: held - 1)
+    monkeypatch.setattr("qwenfit.kernels.pages.empty", None)
+    with pytest.raises(DoesNotFit, match="are free") as caught:
+        load_model(folder, precision=precision, head_precision=head)
+    assert caught.value.exit_code == 3 and "qwenfit plan" in caught.value.hint
 
 
 def test_a_folder_without_weights_and_a_pickle(tmp_path):
