@@ -2,7 +2,10 @@
 
 A run decodes 2,048 tokens from a 1-token prompt (or some tokens at a longer context) by replaying a CUDA graph of the
 step. The limit is the card's measured read rate over the bytes that a token must read: all weights but the embedding
-table, and the mean cache. The step's logits are compared with the plain network in float32, on the same weights.
+table, and the mean cache. The step's logits are compared with the plain network in float32, on the same weights, and
+where the cache is quantized also with that network attending to what the step's cache holds: the error that is then
+left is the kernels' own. `--tuned` takes the configs that gpu_kernels.py has found; some runs are repeated without one
+of the choices in them, so that what it brings is seen in a whole step.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import datetime
 import json
 import sys
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +27,12 @@ from torch import nn
 from qwenfit.bench.gpu_kernels import random_blocked
 from qwenfit.checkpoint.resolve import resolve_model
 from qwenfit.config import ModelConfig
+from qwenfit.kernels.kv_quant import dequantize_kv
+from qwenfit.kernels.triton import tuning
 from qwenfit.kernels.triton.greedy import advance, greedy
 from qwenfit.kernels.triton.int_matvec import unpack_blocked
 from qwenfit.kernels.triton.launch import device_limits
+from qwenfit.model.attention import FullContext
 from qwenfit.model.decode import DecodeStep
 from qwenfit.model.kv_cache import KVCache, kv_bytes_per_token
 from qwenfit.model.linear import Linear
@@ -45,6 +52,16 @@ RUNS = [  # model, precision of the layers, KV cache, tokens in the cache at the
     ("Qwen-7B", "bf16", "bf16", 960, 64, 64),
     ("Qwen-7B", "bf16", "int8", 960, 64, 128),
 ]
+CHECKS = [  # precision of the layers, KV cache, model
+    ("bf16", "bf16", "Qwen-7B"),
+    ("int8", "bf16", "Qwen-7B"),
+    ("int4", "bf16", "Qwen-7B"),
+    ("bf16", "int8", "Qwen-7B"),
+    ("bf16", "bf16", "Qwen2.5-7B"),
+    ("bf16", "int8", "Qwen2.5-7B"),
+    ("int4", "bf16", "Qwen3-8B"),
+]
+WITHOUT = [(2, "early"), (2, "last"), (4, "early"), (4, "last"), (6, "last")]  # index of RUNS, what it is run without
 LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 BLOCK_SIZE = 16
 
@@ -182,6 +199,25 @@ def profile(graph: torch.cuda.CUDAGraph) -> dict[str, list[float]]:
     return totals
 
 
+class StoredContext(FullContext):
+    """Attends, in float32, to the keys and values that a step's cache holds of its one sequence."""
+
+    centred = True
+
+    def __init__(self, step: DecodeStep, length: int) -> None:
+        super().__init__(1, None)
+        at = torch.arange(length, device=step.device)
+        self.cache, self.offset = step.cache, at % BLOCK_SIZE
+        self.block = step.block_tables[0][at // BLOCK_SIZE].long()
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        cache, where = self.cache.layers[layer], (self.block, self.offset)
+        assert cache.key_affine is not None and cache.value_affine is not None
+        k = dequantize_kv(cache.key[where], cache.key_affine[where], torch.float32)
+        v = dequantize_kv(cache.value[where], cache.value_affine[where], torch.float32)
+        return super().attend(layer, q, k, v)
+
+
 def check(precision: str, kv: str, name: str = "Qwen-7B", length: int = 24) -> dict[str, Any]:
     """Relative error of the step's logits against the plain network in float32, over `length` positions of 2 layers."""
     config = replace(resolve_model(name), num_layers=2)
@@ -196,44 +232,85 @@ def check(precision: str, kv: str, name: str = "Qwen-7B", length: int = 24) -> d
             ids[:, position].contiguous(), step.input_ids, step.positions, step.slots, step.context_lens,
             step.block_tables, BLOCK_SIZE,
         )  # fmt: skip
-    plain = Transformer(config, torch.float32, "meta")
-    for name_, _parameter in list(plain.named_parameters()):
-        module, _, leaf = name_.rpartition(".")
+    plain = in_float32(model)
+    got = torch.cat(rows)
+    result = {"model": name, "precision": precision, "kv_cache": kv}
+    with torch.inference_mode():
+        expected = plain.logits(plain.forward_full(ids))[0]
+        result |= compared(got, expected)
+        if kv == "int8":
+            alpha = config.ntk_alpha(length)
+            angles = plain.rotary.angles(torch.arange(length, device="cuda"), [length], [alpha], length, torch.float32)
+            same_cache = plain.logits(plain._run(ids.flatten(), angles, StoredContext(step, length)))
+            result |= {f"{key}_of_the_cache": value for key, value in compared(got, same_cache).items()}
+    return result
+
+
+def in_float32(model: Transformer) -> Transformer:
+    """The plain network with the same weights, unpacked."""
+    plain = Transformer(model.config, torch.float32, "meta")
+    for name, _parameter in list(plain.named_parameters()):
+        module, _, leaf = name.rpartition(".")
         owner = model.get_submodule(module)
         packed = getattr(owner, "packed", None)
         source = (
             unpack_blocked(packed).dequantize() if packed is not None and leaf == "weight" else getattr(owner, leaf)
         )
         setattr(plain.get_submodule(module), leaf, nn.Parameter(source.float(), requires_grad=False))
-    with torch.inference_mode():
-        expected = plain.logits(plain.eval().forward_full(ids))[0]
-    got = torch.cat(rows)
+    return plain.eval()
+
+
+def compared(got: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
     error = float((got - expected).norm() / expected.norm())
-    same = float((got.argmax(-1) == expected.argmax(-1)).float().mean())
-    return {"model": name, "precision": precision, "kv_cache": kv, "relative_error": error, "same_greedy": same}
+    return {"relative_error": error, "same_greedy": float((got.argmax(-1) == expected.argmax(-1)).float().mean())}
+
+
+def changed(without: str) -> dict[str, tuning.Config]:
+    """The configs in force with one of their choices undone."""
+    return {name: config | {without: 0} for name, config in tuning.in_force().items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--runs", default="", help="indices of RUNS, comma-separated; default: all")
+    parser.add_argument("--tuned", type=Path, help="configs to use, a file as in kernels/triton/tuned/")
+    parser.add_argument("--no-checks", action="store_true")
+    parser.add_argument("--seconds", type=float, default=115, help="no run is begun after these")
     options = parser.parse_args()
+    began = time.perf_counter()
     torch.manual_seed(0)
+    if options.tuned:
+        tuning.put_in_force(json.loads(options.tuned.read_text())["configs"])
     limits = device_limits()
     torch.cuda.empty_cache()
-    chosen = [int(i) for i in options.runs.split(",")] if options.runs else range(len(RUNS))
-    checks = []
-    for precision, kv, name in [
-        ("bf16", "bf16", "Qwen-7B"), ("int8", "bf16", "Qwen-7B"), ("int4", "bf16", "Qwen-7B"),
-        ("bf16", "int8", "Qwen-7B"), ("bf16", "bf16", "Qwen2.5-7B"), ("bf16", "int8", "Qwen2.5-7B"),
-        ("int4", "bf16", "Qwen3-8B"),
-    ]:  # fmt: skip
-        checks.append(check(precision, kv, name))
-        print(checks[-1], flush=True)
-    results = []
+    chosen = [int(i) for i in options.runs.split(",")] if options.runs else list(range(len(RUNS)))
+    checks: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    failures: list[str] = []
+
+    def attempt(into: list[dict[str, Any]], what: Any, *arguments: Any, **also: Any) -> None:
+        """A part that fails is told and does not end the run."""
+        if time.perf_counter() - began > options.seconds:
+            failures.append(f"no time: {arguments}")
+            return
+        try:
+            into.append(what(*arguments) | also)
+            print({k: v for k, v in into[-1].items() if k != "kernels_us"}, flush=True)
+        except Exception as error:
+            failures.append(f"{arguments}: {type(error).__name__}: {error}"[:300])
+            traceback.print_exc()
+
+    for arguments in CHECKS[:0] if options.no_checks else CHECKS:
+        attempt(checks, check, *arguments)
     for i in chosen:
-        results.append(run(*RUNS[i], read_rate=limits["read"]))
-        print({k: v for k, v in results[-1].items() if k != "kernels_us"}, flush=True)
+        attempt(results, run, *RUNS[i], limits["read"])
+    best = tuning.in_force()
+    for i, without in WITHOUT:
+        if i in chosen:
+            tuning.put_in_force(changed(without))
+            attempt(results, run, *RUNS[i], limits["read"], without=without)
+            tuning.put_in_force(best)
     record = {
         "kind": "gpu decode",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -243,21 +320,31 @@ def main() -> None:
         "limits": limits,
         "checks": checks,
         "runs": results,
+        "failures": failures,
+        "seconds": time.perf_counter() - began,
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "gpu-decode.json").write_text(json.dumps(record, indent=1) + "\n")
+    for r in results[:3]:
+        largest = sorted(r["kernels_us"].items(), key=lambda entry: -float(entry[1][1]))[:8]
+        print(r["model"], r["precision"], {name[:30]: value for name, value in largest})
+    show(checks, results)
+    print(f"{time.perf_counter() - began:.0f} s in all; failures: {failures}")
+
+
+def show(checks: list[dict[str, Any]], results: list[dict[str, Any]]) -> None:
+    for c in checks:
+        own = c.get("relative_error_of_the_cache", c["relative_error"])
+        print(
+            f"{c['model']:10} {c['precision']} kv {c['kv_cache']} error {c['relative_error']:.1e}, of the kernels "
+            f"{own:.1e} ({'within' if own <= 1e-2 else 'ABOVE'} 1e-2)"
+        )
     for r in results:
         print(
             f"{r['model']:10} {r['precision']} kv {r['kv_cache']} {r['context']}+{r['tokens']} x{r['batch']:<3} "
             f"{r['tokens_per_s']:8.1f} tokens/s {r['share']:5.1%} of {r['limit_tokens_per_s']:.0f}; "
             f"{r['ms_per_step']:.3f} ms; GB: weights {r['weight_bytes'] / 1e9:.2f} cache {r['cache_bytes'] / 1e9:.2f} "
-            f"allocated {r['allocated'] / 1e9:.2f} reserved {r['reserved'] / 1e9:.2f} process {r['process'] / 1e9:.2f}"
-        )
-    for r in results[:3]:
-        print(
-            r["model"],
-            r["precision"],
-            dict(sorted(r["kernels_us"].items(), key=lambda entry: -entry[1][1])[:12]),
+            f"reserved {r['reserved'] / 1e9:.2f}{' without ' + r['without'] if 'without' in r else ''}"
         )
 
 

@@ -1,8 +1,9 @@
-"""Check, tune and time the Triton kernels on this GPU: `python -m qwenfit.bench.gpu_kernels --out FOLDER [--tune]`.
+"""Check, tune and time the Triton kernels of decoding: `python -m qwenfit.bench.gpu_kernels --out FOLDER`.
 
 Every kernel is compared with its float32 reference at the shapes of real models, then timed by replaying a CUDA graph
-of launches that walk over more than 200 MB of weights, so that no cache holds them. The table gives each kernel's
-bytes, its rate, and that rate's share of what plain reading reaches on the card. Data is random, never zeros.
+of launches that walk over more than 200 MB of weights, so that no cache holds them. For each shape a list of configs
+is measured and the best kept, in FOLDER/tuned.json; processes beside this one compile them first. The table gives each
+kernel's bytes, its rate, and that rate's share of what plain reading reaches on the card. Data is random, never zeros.
 """
 
 from __future__ import annotations
@@ -10,7 +11,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
+import subprocess
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,11 +29,16 @@ from qwenfit.kernels.attention import LayerCache
 from qwenfit.kernels.kv_quant import quantize_kv
 from qwenfit.kernels.triton import tuning
 from qwenfit.kernels.triton.bf16_matvec import bf16_matvec, bf16_matvec_reference
-from qwenfit.kernels.triton.decode_attention import decode_attention, decode_attention_reference
-from qwenfit.kernels.triton.int_matmul import dequantised, int_matmul
+from qwenfit.kernels.triton.decode_attention import (
+    NewTokens,
+    arrival_counters,
+    decode_attention_reference,
+    decode_step_attention,
+)
 from qwenfit.kernels.triton.int_matvec import BlockedWeight, int_matvec, int_matvec_reference
 from qwenfit.kernels.triton.launch import device_limits
 from qwenfit.kernels.triton.layout import pack_codes
+from qwenfit.kernels.triton.rotary_cache import rotary_cache_reference
 
 Config = dict[str, int]
 SHAPES = {  # (in, out, gated, normed, with a residual) of the products of a decoding step
@@ -45,8 +55,22 @@ SHAPES = {  # (in, out, gated, normed, with a residual) of the products of a dec
         (5504, 2048, False, False, True),
     ],
 }
-HEADS = [(4096, 151936), (2048, 151936)]
+SHAPES["Qwen-14B"] = [
+    (5120, 15360, False, True, False),
+    (5120, 5120, False, False, True),
+    (5120, 27392, True, True, False),
+    (13696, 5120, False, False, True),
+]
+SHAPES["Qwen-72B"] = [
+    (8192, 24576, False, True, False),
+    (8192, 8192, False, False, True),
+    (8192, 49152, True, True, False),
+    (24576, 8192, False, False, True),
+]
+HEADS = {"Qwen-7B": 32, "Qwen-1.8B": 16, "Qwen-14B": 40, "Qwen-72B": 64}  # of attention, 128 numbers each
+VOCABULARIES = [(5120, 152064), (8192, 152064)]  # heads of the models that were not tuned yet
 ROTATED_BYTES = 400 << 20
+COMPILERS = 14  # processes
 
 
 @dataclass
@@ -100,15 +124,30 @@ def copies(make: Callable[[], Any], nbytes: int) -> list[Any]:
 
 
 def int_configs(bits: int, inputs: int, rows: int) -> Iterable[Config]:
+    """Tiles that fit the inputs, with fewer and more warps at once; last, one without the forced order of loads."""
     cores = torch.cuda.get_device_properties().multi_processor_count
-    whole = 1 << (inputs * bits // 32 - 1).bit_length()
-    for words in sorted({512, whole}):
-        for warps in {max(1, words // 256), max(1, words // 128)}:
-            for tile in (4, 8, 16):
-                for resident in (8, 16, 24):
-                    if tile * rows <= 32 and warps <= 16:
-                        programs = cores * max(1, resident // warps)
-                        yield {"rows": tile, "words": words, "warps": warps, "programs": programs}
+    needed = inputs * bits // 32
+    padded = {words: -(-needed // words) * words for words in (256, 512, 1024)}
+    best_two = sorted(padded, key=lambda words: (padded[words], abs(words - 512)))[: 2 if rows == 1 else 1]
+    tiles = (8, 16) if rows == 1 else (8,) if rows == 2 else (4, 8)
+    for words in best_two:
+        for tile in tiles:
+            for resident in (8, 16) if rows == 1 else (12,):
+                warps = words // 128
+                programs = cores * max(1, resident // warps)
+                yield {"rows": tile, "words": words, "warps": warps, "programs": programs}
+    yield {"rows": tiles[-1], "words": 512, "warps": 4, "programs": 4 * cores, "early": 0}
+
+
+def attention_configs(quantized: bool, sequences: int) -> Iterable[Config]:
+    if sequences > 1:
+        for tokens in (16, 32) if not quantized else (32, 64):
+            yield {"tokens": tokens, "warps": 4, "splits": 1, "last": 1}
+        return
+    for splits in (8, 16, 32):
+        for tokens in (16, 32) if not quantized else (32, 64):
+            yield {"tokens": tokens, "warps": 4, "splits": splits, "last": 1}
+    yield {"tokens": 32, "warps": 4, "splits": 16, "last": 0}
 
 
 def bf16_configs(rows: int) -> Iterable[Config]:
@@ -138,13 +177,46 @@ class Compiler:
         return 1.0
 
 
+def compile_beside(arguments: list[str], seconds: float) -> float:
+    """Compile in processes of their own what this run will measure; returns the seconds that it took.
+
+    One that fails or is late costs time only: what it leaves out is compiled when it is measured.
+    """
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "qwenfit.bench.gpu_kernels", *arguments, "--compile"]
+    parts = min(COMPILERS, max(1, (os.cpu_count() or 2) - 2))
+    running = [
+        subprocess.Popen([*command, f"{part}/{parts}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for part in range(parts)
+    ]
+    for process in running:
+        try:
+            process.wait(max(0.1, seconds - (time.perf_counter() - began)))
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return time.perf_counter() - began
+
+
 class Bench:
     def __init__(self, tune: bool, timer: Callable[[list[Callable[[], object]]], float] = time_us) -> None:
         self.tune = tune
         self.timer = timer
-        self.limits = device_limits() if timer is time_us else {"read": 1.0}
+        self.compiling = timer is not time_us
+        self.limits = {"read": 1.0} if self.compiling else device_limits()
+        torch.cuda.empty_cache()
         self.rows: list[Row] = []
         self.configs: dict[str, Config] = {}
+        self.failures: list[str] = []
+
+    def attempt(self, what: Callable[..., None], *arguments: Any) -> None:
+        """A part that fails is told and does not end the run."""
+        try:
+            what(*arguments)
+        except Exception as error:
+            self.failures.append(
+                f"{getattr(what, '__name__', what)}{arguments[:3]}: {type(error).__name__}: {error}"[:300]
+            )
+            traceback.print_exc()
 
     def add(self, kernel: str, shape: str, us: float, nbytes: int, error: float, config: Config | None = None) -> None:
         rate = nbytes / us / 1e3
@@ -164,7 +236,8 @@ class Bench:
     def int_products(self, bits: int, rows: int, shapes: Iterable[tuple[int, int, bool, bool, bool]]) -> None:
         for inputs, out, gated, normed, added in shapes:
             nbytes = inputs * out * bits // 8 + inputs // 128 * out * 2
-            weights = copies(partial(random_blocked, bits, inputs, out), nbytes)
+            make = empty_blocked if self.compiling else random_blocked
+            weights = copies(partial(make, bits, inputs, out), 1 << 40 if self.compiling else nbytes)
             x, norm, residual, y = operands(rows, inputs, out // 2 if gated else out, normed, added)
 
             def run(config: Config, w: Any = weights, a: Any = (x, norm, residual, y), g: bool = gated) -> float:
@@ -173,6 +246,8 @@ class Bench:
                 )
 
             config, us = self.choose("int_matvec", (bits, inputs, out, rows), int_configs(bits, inputs, rows), run)
+            if self.compiling:
+                continue
             got = int_matvec(x, weights[0], None, residual, norm, 1e-6, gated, y.fill_(torch.nan), config)
             error = relative_error(got, int_matvec_reference(x, weights[0], None, residual, norm, 1e-6, gated))
             self.add(f"int{bits} x{rows}", f"{inputs}->{out}", us, nbytes, error, config)
@@ -180,7 +255,7 @@ class Bench:
     def bf16_products(self, rows: int, shapes: Iterable[tuple[int, int, bool, bool, bool]]) -> None:
         for inputs, out, gated, normed, added in shapes:
             nbytes = inputs * out * 2
-            weights = copies(partial(random_plain, inputs, out), nbytes)
+            weights = copies(partial(random_plain, inputs, out), 1 << 40 if self.compiling else nbytes)
             x, norm, residual, y = operands(rows, inputs, out // 2 if gated else out, normed, added)
 
             def run(config: Config, w: Any = weights, a: Any = (x, norm, residual, y), g: bool = gated) -> float:
@@ -189,61 +264,59 @@ class Bench:
                 )
 
             config, us = self.choose("bf16_matvec", (inputs, out, rows), bf16_configs(rows), run)
+            if self.compiling:
+                continue
             got = bf16_matvec(x, weights[0], None, residual, norm, 1e-6, gated, None, y.fill_(torch.nan), config)
             error = relative_error(got, bf16_matvec_reference(x, weights[0], None, residual, norm, 1e-6, gated))
             self.add(f"bf16 x{rows}", f"{inputs}->{out}", us, nbytes, error, config)
             plain = self.timer([partial(torch.nn.functional.linear, x, one) for one in weights])
             self.add(f"cuBLAS bf16 x{rows}", f"{inputs}->{out}", plain, nbytes, 0.0)
 
-    def matmuls(self, bits: int, inputs: int, out: int, rows: int) -> None:
-        nbytes = inputs * out * bits // 8 + inputs // 128 * out * 2
-        weights = copies(lambda: random_blocked(bits, inputs, out), nbytes)
-        x, _, _, y = operands(rows, inputs, out, False, False)
-        tile_m = min(64, max(16, triton.next_power_of_2(rows)))
-        configs = [
-            {"m": tile_m, "rows": tile, "words": words * bits // 4, "warps": warps}
-            for tile, words, warps in ((32, 32, 4), (64, 32, 4), (64, 16, 4), (128, 16, 8), (64, 64, 8))
-        ]
-
-        def run(config: Config) -> float:
-            return self.timer([partial(int_matmul, x, one, None, y, config) for one in weights])
-
-        config, us = self.choose("int_matmul", (bits, inputs, out, rows), configs, run)
-        reference = int_matvec_reference(x, weights[0])
-        error = relative_error(int_matmul(x, weights[0], None, y.fill_(torch.nan), config), reference)
-        self.add(f"int{bits} dot x{rows}", f"{inputs}->{out}", us, nbytes, error, config)
-        scratch = torch.empty(out, inputs, dtype=torch.bfloat16, device="cuda")
-
-        def unpack_and_multiply(weight: BlockedWeight) -> torch.Tensor:
-            return torch.nn.functional.linear(x, dequantised(weight, x.dtype, scratch))
-
-        us = self.timer([partial(unpack_and_multiply, one) for one in weights])
-        error = relative_error(torch.nn.functional.linear(x, dequantised(weights[0], x.dtype)), reference)
-        self.add(f"int{bits} unpack+cuBLAS x{rows}", f"{inputs}->{out}", us, nbytes, error)
-
-    def attention(self, quantized: bool, heads: int, kv_heads: int, batch: int, context: int) -> None:
-        dim, size = 128, 16
-        blocks = -(-context // size) * batch
+    def attention(self, quantized: bool, heads: int, sequences: int, contexts: tuple[int, ...]) -> None:
+        """The kernel of a step, at contexts of which each weighs the same in the choice of a config."""
+        dim, size, scale = 128, 16, 0.088
         vector = dim + 8 if quantized else 2 * dim
-        nbytes = 2 * batch * context * kv_heads * vector
-        caches = copies(lambda: random_cache(blocks, size, kv_heads, dim, quantized), nbytes)
-        tables = torch.randperm(blocks, device="cuda").int().view(batch, -1)
-        lengths = torch.full((batch,), context, device="cuda")
-        q = normal(batch, heads, dim)
-        out = torch.empty(batch, heads * dim, dtype=q.dtype, device="cuda")
+        longest = max(contexts)
+        blocks = -(-longest // size) * sequences
+        nbytes = [2 * sequences * context * heads * vector for context in contexts]
+        count = 2 if self.compiling else max(2, -(-ROTATED_BYTES // min(nbytes)))
+        caches = [random_cache(blocks, size, heads, dim, quantized) for _ in range(min(count, 24))]
+        tables = torch.randperm(blocks, device="cuda").int().view(sequences, -1)
+        lengths = torch.zeros(sequences, dtype=torch.int64, device="cuda")
+        qkv = normal(sequences, 3 * heads, dim)
+        cos, sin = torch.rand(sequences, 1, dim, device="cuda"), torch.rand(sequences, 1, dim, device="cuda")
+        slots = torch.zeros(sequences, dtype=torch.int64, device="cuda")
+        new = NewTokens(cos, sin, None, None, 1e-6, slots, None, arrival_counters(sequences * heads, qkv.device))
+        out = torch.empty(sequences, heads * dim, dtype=qkv.dtype, device="cuda")
+
+        def at(context: int) -> None:
+            lengths.fill_(context)
+            slots.copy_(tables[:, (context - 1) // size].long() * size + (context - 1) % size)
+
+        def step(cache: LayerCache, config: Config) -> torch.Tensor:
+            return decode_step_attention(qkv, new, cache, tables, lengths, scale, out, None, config)
+
+        def run_at(context: int, config: Config) -> float:
+            at(context)
+            return self.timer([partial(step, one, config) for one in caches])
 
         def run(config: Config) -> float:
-            return self.timer(
-                [partial(decode_attention, q, one, tables, lengths, 0.088, out, None, config) for one in caches]
-            )
+            return sum(run_at(context, config) / size for context, size in zip(contexts, nbytes, strict=True))
 
-        configs = [{"tokens": tokens, "warps": warps} for tokens in (16, 32, 64) for warps in (2, 4)]
-        shape = (1 if quantized else 2, dim, heads // kv_heads, batch)
-        config, us = self.choose("decode_attention", shape, configs, run)
-        got = decode_attention(q, caches[0], tables, lengths, 0.088, out.fill_(torch.nan), None, config)
-        error = relative_error(got[:2], decode_attention_reference(q[:2], caches[0], tables, lengths[:2], 0.088))
-        name = f"attention {'int8' if quantized else 'bf16'} {heads}/{kv_heads}"
-        self.add(name, f"{batch} x {context}", us, nbytes, error, config)
+        shape = (1 if quantized else 2, dim, sequences * heads)
+        config, _ = self.choose("decode_heads", shape, attention_configs(quantized, sequences), run)
+        if self.compiling:
+            return
+        at(longest - 3)
+        out.fill_(torch.nan)
+        got = step(caches[0], config)
+        q = rotary_cache_reference(qkv[:2], cos[:2], sin[:2], None, None, 1e-6, slots[:2], caches[0])
+        wanted = decode_attention_reference(q, caches[0], tables, lengths[:2], scale)
+        error = relative_error(got[:2], wanted)
+        for context, count_of_bytes in zip(contexts, nbytes, strict=True):
+            us = run_at(context, config)
+            name = f"attention {'int8' if quantized else 'bf16'} {heads}"
+            self.add(name, f"{sequences} x {context}", us, count_of_bytes, error, config)
 
     def record(self) -> dict[str, Any]:
         return {
@@ -254,6 +327,7 @@ class Bench:
             "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
             "limits": self.limits,
             "rows": [asdict(row) for row in self.rows],
+            "failures": self.failures,
         }
 
     def show(self) -> None:
@@ -264,6 +338,14 @@ class Bench:
                 f"{row.kernel:22} {row.shape:14} {row.us:8.1f} us {row.gb_s:6.0f} GB/s "
                 f"{row.share:5.0%} error {row.error:.1e} {config}"
             )
+
+
+def empty_blocked(bits: int, inputs: int, out: int) -> BlockedWeight:
+    """For compiling only."""
+    codes = torch.empty(out, inputs * bits // 32, dtype=torch.int32, device="cuda")
+    return BlockedWeight(
+        bits, 128, 128, out, inputs, codes, torch.empty(out, inputs // 128, device="cuda").half(), None
+    )
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -290,41 +372,58 @@ def random_cache(blocks: int, size: int, kv_heads: int, dim: int, quantized: boo
     return LayerCache(key, value, key_affine, value_affine)
 
 
+def measure(bench: Bench, models: list[str], seconds: float) -> None:
+    """All parts, the most wanted first; none is begun after `seconds`."""
+    began = time.perf_counter()
+    parts: list[tuple[Any, ...]] = []
+    for model in models:
+        parts += [(bench.int_products, 4, 1, SHAPES[model])]
+    for model in models:
+        for quantized in (False, True):
+            parts += [(bench.attention, quantized, HEADS[model], 1, (1024, 8192))]
+    for model in models:
+        parts += [(bench.int_products, 8, 1, SHAPES[model])]
+    if "Qwen-7B" in models:
+        parts += [(bench.attention, quantized, 32, 64, (1024,)) for quantized in (False, True)]
+        parts += [(bench.bf16_products, 1, SHAPES["Qwen-7B"])]
+    if "Qwen-14B" in models:
+        parts += [(bench.bf16_products, 1, SHAPES["Qwen-14B"])]
+        parts += [(bench.bf16_products, 1, [(*shape, False, True, False)]) for shape in VOCABULARIES]
+    for rows in (2, 4):
+        for model in models[:2]:
+            parts += [(bench.int_products, bits, rows, SHAPES[model]) for bits in (4, 8)]
+    for what, *arguments in parts:
+        if time.perf_counter() - began < seconds:
+            bench.attempt(what, *arguments)
+        else:
+            bench.failures.append(f"no time: {what.__name__}{arguments[:2]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the record and the configs")
-    parser.add_argument(
-        "--tune", action="store_true", help="measure a list of configs for each shape and keep the best"
-    )
+    parser.add_argument("--keep", action="store_true", help="measure the configs in force instead of choosing new ones")
     parser.add_argument("--compile", metavar="I/N", help="only compile the I-th of N shares of what would be measured")
-    parser.add_argument("--quick", action="store_true", help="7B shapes and one row only")
+    parser.add_argument("--models", default="Qwen-7B,Qwen-1.8B,Qwen-14B,Qwen-72B", help="whose shapes")
+    parser.add_argument("--seconds", type=float, default=145, help="in all; parts that would begin later are left out")
     options = parser.parse_args()
+    began = time.perf_counter()
     torch.manual_seed(0)
-    bench = Bench(options.tune, Compiler(options.compile) if options.compile else time_us)
-    models = ["Qwen-7B"] if options.quick else list(SHAPES)
-    for model in models:
-        for bits in (4, 8):
-            for rows in (1,) if options.quick else (1, 2, 4):
-                bench.int_products(bits, rows, SHAPES[model])
-        for rows in (1,) if options.quick else (1, 4, 8):
-            bench.bf16_products(rows, SHAPES[model])
-    bench.bf16_products(1, [(*head, False, True, False) for head in HEADS[: len(models)]])
-    for bits in (4, 8):
-        for rows in (8, 16, 64, 256):
-            bench.matmuls(bits, 4096, 22016, rows)
-    for quantized in (False, True):
-        bench.attention(quantized, 32, 32, 1, 1024)
-        bench.attention(quantized, 32, 32, 1, 8192)
-        bench.attention(quantized, 32, 32, 64, 1024)
-        bench.attention(quantized, 28, 4, 16, 2048)
+    models = options.models.split(",")
     if options.compile:
+        measure(Bench(True, Compiler(options.compile)), models, options.seconds)
         return
+    arguments = ["--out", str(options.out), "--models", options.models]
+    compiling = 0.0 if options.keep else compile_beside(arguments, options.seconds * 0.55)
+    bench = Bench(not options.keep)
+    measure(bench, models, options.seconds - 5 - (time.perf_counter() - began))
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "gpu-kernels.json").write_text(json.dumps(bench.record(), indent=1) + "\n")
-    if options.tune:
-        tables = {"cards": [torch.cuda.get_device_name()], "configs": bench.configs}
-        (options.out / "tuned.json").write_text(json.dumps(tables, indent=1) + "\n")
+    record = bench.record() | {"seconds": {"compiling": compiling, "all": time.perf_counter() - began}}
+    (options.out / "gpu-kernels.json").write_text(json.dumps(record, indent=1) + "\n")
+    tables = {"cards": [torch.cuda.get_device_name()], "configs": tuning.in_force() | bench.configs}
+    (options.out / "tuned.json").write_text(tuning.as_text(tables))
     bench.show()
+    print(f"{compiling:.0f} s compiling, {time.perf_counter() - began:.0f} s in all; failures: {bench.failures}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from importlib import resources
+from typing import Any
 
 import torch
 
@@ -30,6 +31,12 @@ def put_in_force(configs: dict[str, Config]) -> None:
 def in_force() -> dict[str, Config]:
     """The configs of the current card."""
     return dict(_table(_card()))
+
+
+def as_text(content: dict[str, Any]) -> str:
+    """A file of tuned/: "cards" and "configs", a config to a line."""
+    configs = ",\n".join(f"  {json.dumps(name)}: {json.dumps(config)}" for name, config in content["configs"].items())
+    return f'{{\n "cards": {json.dumps(content["cards"])},\n "configs": {{\n{configs}\n }}\n}}\n'
 
 
 @functools.lru_cache(maxsize=4096)
