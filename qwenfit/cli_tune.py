@@ -9,7 +9,17 @@ from typing import Any, TypeVar
 
 import click
 
-from qwenfit.tune.config import KEEPS, MASKS, MOMENTS, SCHEDULES, TuneConfig, make_config
+from qwenfit.planning.task import FINETUNE_METHODS, OPTIMIZERS
+from qwenfit.tune.config import (
+    FORMATS,
+    KEEPS,
+    MASKS,
+    MOMENTS,
+    ON_LONG,
+    SCHEDULES,
+    TuneConfig,
+    make_config,
+)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -18,7 +28,11 @@ HELP = {
     "data": "file of samples, json, jsonl, parquet or txt; FILE@2.5 gives it a weight; may be repeated",
     "output": "folder of the run: checkpoints, metrics and the result",
     "eval_data": "file to evaluate with; may be repeated",
-    "method": "full, lora, lora-emb or qlora  [lora; lora-emb where a base model meets ChatML]",
+    "eval_share": "of the data's rows, kept for evaluation",
+    "format": "of the data's rows  [as each file looks]",
+    "on_long": "what a conversation longer than --seq-len meets; raw text is cut into pieces, and none of it is lost",
+    "skip_bad": "leave bad rows out and count them, instead of stopping at the first",
+    "method": "[lora; lora-emb where a base model meets ChatML; qlora for an int4 or int8 checkpoint]",
     "precision": "of the weights: bf16, fp32; for qlora int4 or int8  [the checkpoint's own]",
     "lora_rank": "more to learn with, more memory",
     "lora_alpha": "the adapter counts alpha / rank",
@@ -27,6 +41,7 @@ HELP = {
     "mask": "which tokens are trained; qwen1 is the official script's",
     "seq_len": "tokens of a sample; more takes more memory",
     "pack": "several samples in a row, without attention between them",
+    "pad": "rows are --seq-len wide, as the guide measured; else as wide as a micro-batch's longest",
     "micro_batch": "rows at once; more is faster on a large GPU and takes more memory",
     "grad_accum": "micro-batches per optimizer step",
     "epochs": "times through the data",
@@ -39,9 +54,10 @@ HELP = {
     "beta2": "AdamW's",
     "eps": "AdamW's",
     "clip": "largest norm of the gradients; 0: never clip",
-    "optimizer": "fp32 (master weights), bf16 (least memory) or 8bit (moments)",
+    "optimizer": "AdamW's weights and states: float32 masters, all in bf16 (least memory), or moments in 8 bits",
     "moments": "AdamW's states under fp32",
     "zero": "over several processes: 2 or 3 shards, 0 copies  [full 3, adapters 2, qlora 0]",
+    "deepspeed": "shard by DeepSpeed with the official script's settings, not by torch's fully_shard",
     "keep": "for the backward pass; more memory, less time",
     "offload": "what is kept waits in host memory (GPU)",
     "eval_every": "steps; 0: once an epoch",
@@ -57,7 +73,16 @@ HELP = {
     "tensorboard": "write TensorBoard's files too",
     "wandb": "project of Weights & Biases to report to",
 }
-CHOICES = {"mask": MASKS, "schedule": SCHEDULES, "moments": MOMENTS, "keep": KEEPS}
+CHOICES = {
+    "format": FORMATS,
+    "on_long": ON_LONG,
+    "method": tuple(FINETUNE_METHODS),
+    "mask": MASKS,
+    "schedule": SCHEDULES,
+    "optimizer": tuple(OPTIMIZERS),
+    "moments": MOMENTS,
+    "keep": KEEPS,
+}
 SHORT = {"output": "-o", "data": "-d"}
 TYPES = {"int": int, "float": float, "str": str}
 
@@ -88,10 +113,6 @@ def _short(name: str) -> tuple[str, ...]:
 @click.argument("model", required=False)
 @click.option("--config", "file", type=click.Path(path_type=Path), help="settings in YAML; flags win over them")
 @click.option("--preview", type=int, help="show so many samples, trained tokens marked, and leave")
-@click.option("--format", "form", help="qwen, messages, sharegpt, alpaca or text  [as the file looks]")
-@click.option("--on-long", type=click.Choice(["truncate", "drop", "error"]), default="truncate", show_default=True)
-@click.option("--skip-bad", is_flag=True, help="leave bad lines out and count them, instead of stopping at the first")
-@click.option("--eval-share", type=float, default=0.0, help="of the data, kept for evaluation")
 @setting_options
 def tune(model: str | None, file: Path | None, preview: int | None, **given: Any) -> int:
     """Finetune MODEL on conversations or text, in the memory that the plan says.
@@ -101,13 +122,12 @@ def tune(model: str | None, file: Path | None, preview: int | None, **given: Any
     qwenfit tune --config run.yaml --lr 1e-4
     qwenfit tune ./model --data chats.jsonl --preview 3
     """
-    reading = {name: given.pop(name) for name in ("form", "on_long", "skip_bad", "eval_share")}
     config = make_config({"model": model, **given}, file)
     from qwenfit.tune.verb import preview_samples, run
 
     if preview is not None:
-        return preview_samples(config, preview, reading, click.echo)
-    return run(config, reading, lambda text: click.echo(text, err=True))
+        return preview_samples(config, preview, click.echo)
+    return run(config, lambda text: click.echo(text, err=True))
 
 
 @click.command()

@@ -68,6 +68,7 @@ EXTRA_OF = {
     "huggingface_hub": "hub",
     "yaml": "tune",
     "pyarrow": "tune",
+    "deepspeed": "deepspeed",
 }
 
 

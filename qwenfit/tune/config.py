@@ -17,6 +17,8 @@ MASKS = ("assistant_only", "qwen1", "all")
 KEEPS = ("inputs", "attention", "all")
 SCHEDULES = ("cosine", "constant")
 MOMENTS = ("bf16", "fp32")
+FORMATS = ("conversations", "messages", "sharegpt", "alpaca", "text")
+ON_LONG = ("truncate", "drop", "error")
 MAX_YAML_BYTES = 1 << 20
 
 # Settings that may differ when a run is resumed: they change neither the numbers nor their order.
@@ -34,6 +36,10 @@ class TuneConfig:
     data: tuple[str, ...] = ()  # files; "FILE@2.5" gives one a weight
     output: str = "tuned"  # the run's folder: checkpoints, metrics, the result
     eval_data: tuple[str, ...] = ()
+    eval_share: float = 0.0  # of the rows in `data`, kept for evaluation where there is no eval_data
+    format: str | None = None  # of the data's rows; None: as each file looks
+    on_long: str = "truncate"  # what a conversation longer than seq_len meets
+    skip_bad: bool = False  # leave bad rows out and count them, instead of stopping at the first
 
     method: str | None = None  # full, lora, lora-emb, qlora; None: lora, or lora-emb where a base model needs it
     precision: str | None = None  # of the frozen weights; None: the checkpoint's. float32 computes in float32
@@ -44,7 +50,8 @@ class TuneConfig:
 
     mask: str = "assistant_only"  # which tokens are trained: qwen1 is exactly the official script's
     seq_len: int = 1024  # longer samples are cut; higher: more activation memory
-    pack: bool = False  # several samples in a row, without attention between them; else padded to seq_len
+    pack: bool = False  # several samples in a row, without attention between them
+    pad: bool = True  # rows are seq_len wide, as the guide measured; else as wide as a micro-batch's longest
     micro_batch: int = 1  # rows at once; higher: faster on large GPUs, more activation memory
     grad_accum: int = 8  # micro-batches per optimizer step
 
@@ -62,6 +69,7 @@ class TuneConfig:
     moments: str = "bf16"  # of AdamW; fp32: 4 bytes more per trained parameter
 
     zero: int | None = None  # over several processes: 2 or 3 shards, 0 copies; None: full 3, adapters 2, qlora 0
+    deepspeed: bool = False  # shard by DeepSpeed, with the official script's settings, not by torch's fully_shard
     keep: str = "inputs"  # for the backward pass: inputs, attention or all; more memory, less time
     offload: bool = False  # what is kept waits in host memory (CUDA)
 
@@ -98,16 +106,24 @@ class TuneConfig:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise UsageError(f"{name} must be between {low:g} and {high:g}, not {value!r}.")
-        if self.patience and not self.eval_data:
-            raise UsageError("patience waits for evaluations, and there is no eval_data.", "--eval-data FILE")
+        if self.patience and not (self.eval_data or self.eval_share):
+            raise UsageError(
+                "patience waits for evaluations, and there is nothing to evaluate with.",
+                "--eval-data FILE or --eval-share 0.05",
+            )
+        if self.eval_share and self.eval_data:
+            raise UsageError("There is evaluation data, so no share of the training data is needed for it.")
         if self.new_tokens and self.method in ("full", "lora-emb"):
             raise UsageError(f"{self.method} trains every row of the embedding already.", "Leave --new-tokens out.")
 
     def _check_choices(self) -> None:
         if self.method is not None:
             check_choice("method", self.method, FINETUNE_METHODS)
+        if self.format is not None:
+            check_choice("format", self.format, FORMATS)
         for name, known in (
             ("mask", MASKS),
+            ("on_long", ON_LONG),
             ("keep", KEEPS),
             ("schedule", SCHEDULES),
             ("optimizer", OPTIMIZERS),
@@ -131,6 +147,7 @@ class TuneConfig:
 
 
 _RANGES = (
+    ("eval_share", 0.0, 0.9),
     ("lora_alpha", 1e-6, 1e6),
     ("lora_dropout", 0.0, 0.99),
     ("epochs", 1e-6, 1e6),

@@ -42,15 +42,17 @@ def batch_loss(
     keep: str = "inputs",
     offload: bool = False,
     head_sink: Tensor | None = None,
+    fuse: bool = True,
 ) -> Tensor:
     """Cross entropy of the batch's trained tokens, summed, over `divisor`: float32 scalar, differentiable.
 
     keep: one of KEEP. offload: what is kept waits in host memory (CUDA). head_sink: see `linear_cross_entropy`.
+    fuse: on a GPU blocks run in the kernels of tune/fused.py, which read weights without calling their modules.
     """
     device = device_of(model)
     targets = targets_of(batch).flatten()
     trained = (targets != IGNORE).nonzero().flatten()
-    hidden = hidden_states(model, batch, keep=keep, offload=offload)
+    hidden = hidden_states(model, batch, keep=keep, offload=offload, fuse=fuse)
     rows = token_rows(model)
     return linear_cross_entropy(
         hidden.index_select(0, to_device(trained, device)),
@@ -63,7 +65,9 @@ def batch_loss(
     )
 
 
-def hidden_states(model: Transformer, batch: TrainBatch, *, keep: str = "inputs", offload: bool = False) -> Tensor:
+def hidden_states(
+    model: Transformer, batch: TrainBatch, *, keep: str = "inputs", offload: bool = False, fuse: bool = True
+) -> Tensor:
     """[B * S, hidden] after the final norm. NTK and LogN are off, as in Qwen-1's own training code."""
     device = device_of(model)
     rows, length = batch.input_ids.shape
@@ -81,7 +85,7 @@ def hidden_states(model: Transformer, batch: TrainBatch, *, keep: str = "inputs"
     if keep == "attention":
         how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
     with offload_saved_tensors(device) if offload else nullcontext():
-        for layer, fused in zip(model.layers, _fused_blocks(model, device), strict=True):
+        for layer, fused in zip(model.layers, _fused_blocks(model, device, fuse), strict=True):
             if again:
                 # Fused blocks draw from seeds of their own, so that nothing must be put back for the second time.
                 x = checkpoint(layer, x, angles, context, fused, preserve_rng_state=fused is None, **how)
@@ -96,9 +100,9 @@ def fusible(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _fused_blocks(model: Transformer, device: torch.device) -> list[Callable[..., Tensor] | None]:
+def _fused_blocks(model: Transformer, device: torch.device, fuse: bool) -> list[Callable[..., Tensor] | None]:
     """For each layer, how it shall be computed; None: as it says itself."""
-    if not fusible(device):
+    if not fuse or not fusible(device):
         return [None] * len(model.layers)
     from qwenfit.tune.fused import SEEDS, run_block
 

@@ -37,6 +37,5 @@ class StopSignals:
 
     @property
     def exit_code(self) -> int:
-        """143 after SIGTERM, 130 after Ctrl-C."""
-        assert self.signal is not None
-        return 128 + self.signal
+        """143 after SIGTERM, 130 after Ctrl-C, 0 after neither."""
+        return 0 if self.signal is None else 128 + self.signal

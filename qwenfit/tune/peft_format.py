@@ -287,12 +287,12 @@ def attach(model: Transformer, adapter: Adapter, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def restore(model: Transformer, adapter: Adapter) -> None:
-    """Give a network that is set up for training the values that `write_adapter` saved."""
+    """Give a network that is set up for training the values that `write_adapter` saved, but for whole tables.
+
+    Those came with the network (`World.load`), since it may be sharded as it is filled.
+    """
     for name, layer in lora_layers(model).items():
         set_values(layer, adapter.downs[name], adapter.ups[name])
-    if "embed_tokens" in adapter.tables:
-        model.embed_tokens.weight.copy_(adapter.tables["embed_tokens"])
-        head_weight(model).copy_(adapter.tables["lm_head"])
     if (rows := token_rows(model)) is not None:
         rows.embed_tokens.copy_(adapter.rows["embed_tokens"][1])
         if rows.lm_head is not None:

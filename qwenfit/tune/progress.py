@@ -6,11 +6,12 @@ import json
 import os
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from qwenfit.bench.memory import process_bytes
-from qwenfit.errors import missing_extra
+from qwenfit.errors import NotFound
 from qwenfit.planning.types import Plan
 from qwenfit.tune.config import TuneConfig
 from qwenfit.tune.plot import line_chart
@@ -132,17 +133,20 @@ def _bar() -> Any:
     return bar
 
 
+def require_reporters(config: TuneConfig) -> None:
+    """Raises NotFound, naming the package, for a reporter that was asked for and is not installed."""
+    for wanted, package in ((config.tensorboard, "tensorboard"), (config.wandb, "wandb")):
+        if wanted and find_spec(package) is None:
+            raise NotFound(f"This needs the package {package}, which is not installed.", f"pip install {package}")
+
+
 def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise missing_extra("tensorboard", "tune") from error
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def _wandb(config: TuneConfig) -> Any:
-    try:
-        import wandb  # type: ignore[import-not-found, unused-ignore]
-    except ImportError as error:
-        raise missing_extra("wandb", "tune") from error
+    import wandb  # type: ignore[import-not-found, unused-ignore]
+
     return wandb.init(project=config.wandb, config=config.to_dict(), dir=config.output)

@@ -19,8 +19,8 @@ from qwenfit.tune.config import TuneConfig
 from qwenfit.tune.interrupt import StopSignals
 from qwenfit.tune.loop import NO_PROGRESS, STOPPED, Hooks, total_steps, train
 from qwenfit.tune.planned import is_out_of_memory, out_of_memory, plan_tune
-from qwenfit.tune.processes import processes
-from qwenfit.tune.progress import Progress
+from qwenfit.tune.processes import launched
+from qwenfit.tune.progress import Progress, require_reporters
 from qwenfit.tune.setup import Setup, prepare_folder, set_up, write_result
 from qwenfit.tune.world import World
 
@@ -29,17 +29,21 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on. `chatml`: whether samples are conversations; `new_tokens`: ids of ChatML's tokens."""
+    """What a run trains on. `chatml`: whether samples are conversations; `new_tokens`: ids of ChatML's tokens.
+
+    `digest`: of the samples, which a resumed run must share; "" where there is none.
+    """
 
     source: BatchSource
     evaluation: BatchSource | None = None
     chatml: bool = False
     new_tokens: tuple[int, ...] = ()
+    digest: str = ""
 
 
 def start(config: TuneConfig, load_data: Callable[[TuneConfig, ModelConfig], Data], say: Say) -> int:
     """`tune`, as the verb runs it: in this process or, under torchrun, in all of them together."""
-    if processes()[1] == 1:
+    if not launched():
         return tune(config, load_data, say)
     from qwenfit.tune.distributed import together
 
@@ -58,6 +62,7 @@ def tune(
     world: the processes that train together; None: this one alone. Rank 0 does the talking and the writing.
     Raises what each part does: UsageError and DoesNotFit before weights are read, Diverged, DoesNotFit out of memory.
     """
+    require_reporters(config)
     base = with_files(resolve(config.model), config.model)
     data = load_data(config, base)
     config, explained = choose_method(config, base, data.chatml)
@@ -66,7 +71,7 @@ def tune(
         say(explained)
     if world is None:
         world = World("cpu" if made.hardware.device.kind == "cpu" else "cuda")
-    world.configure(config)
+    world = world.configured(config)
     if world.rank:
         say = _silent
     found = world.found(lambda: prepare_folder(config, say), Path(config.output) / "checkpoints")
@@ -75,8 +80,8 @@ def tune(
         step = [0]
         try:
             loading = stderr_progress("loading") if world.rank == 0 else None
-            setup = set_up(config, base, made.precision, world, list(data.new_tokens), found, loading)
-            say(world.describe(setup.model))
+            setup = set_up(config, base, made.precision, world, list(data.new_tokens), found, data.digest, loading)
+            say(world.describe(setup.model, setup.optimizer))
             return _train(setup, data, made, stop, step, say)
         except Exception as error:
             if is_out_of_memory(error):
@@ -104,7 +109,8 @@ def _train(setup: Setup, data: Data, made: Plan, stop: StopSignals, step: list[i
             progress.close()
     if how == STOPPED:
         say(f"Stopped after step {state.step}, which is saved. Go on: the same command with --resume.")
-        return stop.exit_code
+        codes: list[int] = world.gather(stop.exit_code)  # one process alone may have been asked to
+        return next(code for code in codes if code)
     if how == NO_PROGRESS:
         say(f"No better evaluation in {config.patience}: stopped after step {state.step}.")
     with world.whole(setup.model):

@@ -11,21 +11,19 @@ from typing import Any
 
 import torch
 
-from qwenfit.checkpoint.load import load_model
 from qwenfit.checkpoint.save import plain_entries, write_weights
 from qwenfit.config import ModelConfig
 from qwenfit.errors import QwenfitError, UsageError
 from qwenfit.model.transformer import Transformer
 from qwenfit.tune import checkpoint
-from qwenfit.tune.adapters import LoRA, add_lora, freeze, train_rows, train_tables, trained_parameters
+from qwenfit.tune.adapters import LoRA, add_lora, freeze, train_rows, train_tables
 from qwenfit.tune.config import TuneConfig
 from qwenfit.tune.model_folder import write_model_files
+from qwenfit.tune.offload import park_embedding
 from qwenfit.tune.optimizer import AdamW
 from qwenfit.tune.peft_format import read_adapter, restore, write_adapter
 from qwenfit.tune.state import State, random_states, read_state, restore_optimizer, set_random_states, write_state
 from qwenfit.tune.world import World
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass
@@ -39,6 +37,7 @@ class Setup:
     state: State
     precision: str
     world: World
+    data: str = ""  # digest of what is trained on
 
     @property
     def device(self) -> torch.device:
@@ -56,7 +55,7 @@ class Setup:
 
         def write(folder: Path) -> None:
             write_result(folder, self)
-            write_state(folder, state, optimizer, self.config, generators)
+            write_state(folder, state, optimizer, self.config, generators, self.data)
 
         with self.world.whole(self.model):
             if self.world.rank == 0:
@@ -106,18 +105,21 @@ def set_up(
     world: World,
     new_tokens: list[int],
     found: Path | None,
+    data: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> Setup:
-    """Load the network, freeze or adapt it, make the optimizer, and take over checkpoint `found`."""
+    """Load the network, freeze or adapt it, make the optimizer, and take over checkpoint `found`.
+
+    world: as `World.configured` gives it. data: the digest of what is trained on.
+    """
     seed(config.seed)
     # Settings are compared before weights are read.
-    state, table = read_state(found, config, world.size) if found is not None else (State(), {})
+    state, table = read_state(found, config, world.size, data) if found is not None else (State(), {})
     source = found if found is not None and config.method == "full" else base
-    # What is sharded goes to the GPU a block at a time: it need not fit there whole.
-    first_to = torch.device("cpu") if world.sharded else world.device
-    model, _ = load_model(source, precision=precision, device=first_to, progress=progress)
+    adapter = read_adapter(found, base) if found is not None and config.method != "full" else None
+    model = world.load(source, precision, {} if adapter is None else adapter.tables, progress)
     lora = lora_of(config)
-    trained = torch.bfloat16 if config.optimizer == "bf16" and precision != "fp32" else torch.float32
+    trained = world.adapter_dtype(config, precision)
     if config.method == "full":
         for parameter in model.parameters():
             parameter.requires_grad_(True)
@@ -128,24 +130,18 @@ def set_up(
             train_tables(model)
         if config.new_tokens:
             train_rows(model, new_tokens, trained)
-        if found is not None:
-            restore(model, read_adapter(found, base))
+        if adapter is not None:
+            restore(model, adapter)
+        if world.size == 1 and not world.sharded:
+            park_embedding(model)
     world.prepare(model)
-    optimizer = AdamW(
-        trained_parameters(model),
-        config.optimizer,
-        moments=DTYPES[config.moments],
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        seed=config.seed,
-    )
+    optimizer = world.optimizer(model, config)
     if found is not None:
         restore_optimizer(found, table, optimizer, world.rank)
         set_random_states(table["random"][world.rank], world.device)
     elif world.rank:  # dropout differs between processes; what was drawn above did not
         seed(config.seed + 1_000_003 * world.rank)
-    setup = Setup(config, model, base, optimizer, state, precision, world)
+    setup = Setup(config, model, base, optimizer, state, precision, world, data)
     _check_room(setup)
     return setup
 

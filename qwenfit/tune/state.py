@@ -41,10 +41,11 @@ def write_state(
     optimizer: tuple[dict[str, Tensor], list[dict[str, Any]]],
     config: TuneConfig,
     random_states: list[dict[str, Any]],
+    data: str = "",
 ) -> None:
     """state.json and optimizer.safetensors into an existing folder; optimizer as `World.optimizer_states` gives it.
 
-    random_states: of every process.
+    random_states: of every process. data: digest of what is trained on.
     """
     tensors, described = optimizer
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / OPTIMIZER_NAME)
@@ -53,14 +54,15 @@ def write_state(
         "optimizer": described,
         "settings": config.fingerprint(),
         "random": random_states,
+        "data": data,
     }
     (folder / STATE_NAME).write_text(json.dumps(table) + "\n")
 
 
-def read_state(folder: Path, config: TuneConfig, size: int = 1) -> tuple[State, dict[str, Any]]:
+def read_state(folder: Path, config: TuneConfig, size: int = 1, data: str = "") -> tuple[State, dict[str, Any]]:
     """(where the run of `size` processes stood, the whole table).
 
-    Raises UsageError when the run had other settings or another number of processes, BadFile.
+    Raises UsageError when the run had other settings, other data or another number of processes, BadFile.
     """
     table = read_json_object(folder / STATE_NAME, limit=1 << 26, max_values=10**7)
     settings, mine = table.get("settings"), config.fingerprint()
@@ -72,6 +74,11 @@ def read_state(folder: Path, config: TuneConfig, size: int = 1) -> tuple[State, 
                 f"The run in {folder.parent} had {name} = {settings.get(name)!r}, and now it is {value!r}.",
                 "Resume with the settings it had, or start anew in another --output.",
             )
+    if table.get("data", "") != data:
+        raise UsageError(
+            f"The data has changed since the run in {folder.parent} began: its samples are not the same.",
+            "Resume with the data it had, or start anew in another --output.",
+        )
     try:
         if len(table["random"]) != size:
             raise UsageError(

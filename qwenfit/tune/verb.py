@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from qwenfit.checkpoint.load import with_files
 from qwenfit.checkpoint.tokenizer import load_tokenizer
@@ -21,23 +20,25 @@ from qwenfit.tune.run import Data, start
 Say = Callable[[str], None]
 
 
-def run(config: TuneConfig, reading: dict[str, Any], say: Say) -> int:
-    """Finetune; returns the exit code. `reading`: how `load_data` reads the files."""
+def run(config: TuneConfig, say: Say) -> int:
+    """Finetune; returns the exit code."""
 
     def load(config: TuneConfig, base: ModelConfig) -> Data:
-        return load_data(config, base, say, **reading)
+        return load_data(config, base, say)
 
     return start(config, load, say)
 
 
-def preview_samples(config: TuneConfig, count: int, reading: dict[str, Any], echo: Say) -> int:
+def preview_samples(config: TuneConfig, count: int, echo: Say) -> int:
     """Show samples as they would be trained. Reads the tokenizer and the data, no weights."""
     if not config.data:
         raise UsageError("No data is named.", "qwenfit tune MODEL --data FILE --preview 3")
     base = with_files(resolve(config.model), config.model)
     tokenizer = load_tokenizer(base.source, base)
-    how = {name: value for name, value in reading.items() if name != "eval_share"}
-    found = load_samples(config.data, tokenizer, config.mask, config.seq_len, seed=config.seed, **how)
+    found = load_samples(
+        config.data, tokenizer, config.mask, config.seq_len,
+        form=config.format, on_long=config.on_long, skip_bad=config.skip_bad, seed=config.seed,
+    )  # fmt: skip
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     echo(preview_text(found.samples, tokenizer, count, colour))
     echo(found.statistics.summary())

@@ -50,16 +50,16 @@ class Poisoned(Rows):
 @pytest.fixture
 def poison(monkeypatch):
     """The last token's embedding is NaN: a sample that holds it makes the loss one."""
-    from qwenfit.tune import setup
+    from qwenfit.tune import world
 
-    load = setup.load_model
+    load = world.load_model
 
     def loaded(*arguments, **options):
         model, config = load(*arguments, **options)
         model.embed_tokens.weight.data[Poisoned.TOKEN] = float("nan")
         return model, config
 
-    monkeypatch.setattr(setup, "load_model", loaded)
+    monkeypatch.setattr(world, "load_model", loaded)
 
 
 def test_a_batch_of_nan_stops_after_m_steps_names_the_samples_and_keeps_the_last_good_state(base, poison):
@@ -119,9 +119,9 @@ def test_too_little_room_is_said_before_the_first_step(base, monkeypatch):
 
 
 def test_a_folder_that_takes_no_files_is_named_before_weights_are_read(base, monkeypatch):
-    from qwenfit.tune import setup
+    from qwenfit.tune import world
 
-    monkeypatch.setattr(setup, "load_model", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr(world, "load_model", lambda *a, **k: pytest.fail("weights were read"))
     (base.parent / "file").write_text("")
     with pytest.raises(QwenfitError, match="Nothing can be written"):
         tune_tiny(replace(run_of(base), output=str(base.parent / "file" / "run")))
@@ -169,9 +169,9 @@ def test_another_error_is_not_taken_for_one_of_memory(base, monkeypatch):
 
 
 def test_what_does_not_fit_is_refused_before_weights_are_read(base, monkeypatch):
-    from qwenfit.tune import setup
+    from qwenfit.tune import world
 
-    monkeypatch.setattr(setup, "load_model", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr(world, "load_model", lambda *a, **k: pytest.fail("weights were read"))
     config = run_of(base, seq_len=256, micro_batch=10_000_000)
     with pytest.raises(DoesNotFit, match="free"):
         tune_tiny(config, data=source())

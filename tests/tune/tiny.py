@@ -20,8 +20,8 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 VOCAB = 320
 
 
-def hf_model(kind: str = "qwen2", tied: bool = False, seed: int = 0):
-    """A random transformers model of 2 layers, with biases and norms that matter."""
+def hf_model(kind: str = "qwen2", tied: bool = False, seed: int = 0, **more):
+    """A random transformers model of 2 layers, with biases and norms that matter; `more`: other sizes."""
     import transformers
 
     torch.manual_seed(seed)
@@ -35,7 +35,7 @@ def hf_model(kind: str = "qwen2", tied: bool = False, seed: int = 0):
         "max_position_embeddings": 256,
         "tie_word_embeddings": tied,
         "initializer_range": 0.1,
-    }
+    } | more
     if kind == "qwen3":
         model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes, head_dim=16))
     else:

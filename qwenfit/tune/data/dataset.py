@@ -15,11 +15,10 @@ from qwenfit.checkpoint.tokenizer import Tokenizer
 from qwenfit.errors import BadFile, UsageError
 from qwenfit.planning.task import check_choice, check_count
 from qwenfit.tune.batch import IGNORE, Sample
-from qwenfit.tune.config import MASKS
+from qwenfit.tune.config import MASKS, ON_LONG
 from qwenfit.tune.data.formats import Record, read_records
 from qwenfit.tune.data.masks import Labelled, encode_conversation
 
-ON_LONG = ("truncate", "drop", "error")
 END_OF_TEXT = "<|endoftext|>"
 MAX_WEIGHT = 1000.0
 SHOWN_BAD = 20
@@ -252,6 +251,15 @@ def overlap(training: Iterable[Sample], evaluation: Iterable[Sample]) -> list[st
     """Sources of the evaluation's samples whose tokens the training set has too: their loss says nothing."""
     seen = {_digest(sample) for sample in training}
     return list(dict.fromkeys(sample.source for sample in evaluation if _digest(sample) in seen))
+
+
+def digest(samples: Iterable[Sample]) -> str:
+    """Of what is trained, in its order: a resumed run must find the same."""
+    whole = blake2b(digest_size=16)
+    for sample in samples:
+        whole.update(_digest(sample))
+        whole.update(array("q", sample.labels).tobytes())
+    return whole.hexdigest()
 
 
 def _digest(sample: Sample) -> bytes:

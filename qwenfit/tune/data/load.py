@@ -11,7 +11,7 @@ from qwenfit.errors import UsageError
 from qwenfit.tune.base_model import CHATML
 from qwenfit.tune.batch import Sample
 from qwenfit.tune.config import TuneConfig
-from qwenfit.tune.data.dataset import END_OF_TEXT, Dataset, load_samples, overlap, split
+from qwenfit.tune.data.dataset import END_OF_TEXT, Dataset, digest, load_samples, overlap, split
 from qwenfit.tune.data.packing import pack
 from qwenfit.tune.run import Data
 from qwenfit.tune.source import Rows
@@ -21,28 +21,16 @@ def load_data(
     config: TuneConfig,
     model: ModelConfig,
     say: Callable[[str], None],
-    *,
-    form: str | None = None,
-    on_long: str = "truncate",
-    skip_bad: bool = False,
-    eval_share: float = 0.0,
-    pad: bool = True,
 ) -> Data:
-    """What `tune` trains on and evaluates with; `say` gets the counts and what is odd.
-
-    eval_share: of the training rows, kept for evaluation where there is no eval_data. pad: every batch is seq_len wide,
-    else as wide as its longest row needs. Raises as `load_samples`.
-    """
+    """What `tune` trains on and evaluates with; `say` gets the counts and what is odd. Raises as `load_samples`."""
     if not config.data:
         raise UsageError("No data is named.", "qwenfit tune MODEL --data FILE")
-    if eval_share and config.eval_data:
-        raise UsageError("There is evaluation data, so no share of the training data is needed for it.")
     tokenizer = load_tokenizer(Path(model.source), model)
 
     def read(paths: tuple[str, ...]) -> Dataset:
         found = load_samples(
             paths, tokenizer, config.mask, config.seq_len,
-            form=form, on_long=on_long, skip_bad=skip_bad, seed=config.seed,
+            form=config.format, on_long=config.on_long, skip_bad=config.skip_bad, seed=config.seed,
         )  # fmt: skip
         say(found.statistics.summary())
         return found
@@ -51,8 +39,8 @@ def load_data(
     samples, evaluation = training.samples, []
     if config.eval_data:
         evaluation = read(config.eval_data).samples
-    elif eval_share:
-        samples, evaluation = split(samples, eval_share, config.seed)
+    elif config.eval_share:
+        samples, evaluation = split(samples, config.eval_share, config.seed)
     if both := overlap(samples, evaluation):
         shown = ", ".join(both[:8]) + (f" and {len(both) - 8:,} more" if len(both) > 8 else "")
         say(f"Warning: {len(both):,} rows of the evaluation are in the training data too: {shown}.")
@@ -60,7 +48,7 @@ def load_data(
     def rows(samples: list[Sample], shuffle: bool) -> Rows:
         made = pack(samples, config.seq_len) if config.pack else [[sample] for sample in samples]
         fill = tokenizer.special_id(END_OF_TEXT)
-        return Rows(made, config.seq_len, config.micro_batch, fill, seed=config.seed, shuffle=shuffle, pad=pad)
+        return Rows(made, config.seq_len, config.micro_batch, fill, seed=config.seed, shuffle=shuffle, pad=config.pad)
 
     chatml = training.statistics.conversations > 0
     return Data(
@@ -68,4 +56,5 @@ def load_data(
         rows(evaluation, shuffle=False) if evaluation else None,
         chatml,
         tuple(tokenizer.special_id(text) for text in CHATML) if chatml else (),
+        digest(samples),
     )

@@ -20,9 +20,9 @@ ROWS = "\n".join(json.dumps({"instruction": f"Q{i}", "output": "A" * (i + 1)}) f
 def load(small_folder):
     model = replace(make_config(1000), source=str(small_folder))
 
-    def call(config, **options):
+    def call(config):
         said = []
-        return load_data(TuneConfig("tiny", seq_len=128, micro_batch=4, **config), model, said.append, **options), said
+        return load_data(TuneConfig("tiny", seq_len=128, micro_batch=4, **config), model, said.append), said
 
     return call
 
@@ -40,7 +40,7 @@ def test_padded_packed_and_narrow_batches_train_the_same_tokens(load, write, sma
     path = write(ROWS)
     padded, said = load({"data": (path,)})
     packed, _ = load({"data": (path,), "pack": True})
-    narrow, _ = load({"data": (path,)}, pad=False)
+    narrow, _ = load({"data": (path,), "pad": False})
     assert learned(padded.source) == learned(packed.source) == learned(narrow.source)
     assert "12 rows, 12 samples" in said[0] and len(said) == 1
     batch = padded.source.batch(0, 0)
@@ -62,11 +62,18 @@ def test_evaluation_from_its_own_file_or_a_share_and_what_both_have_is_said(load
     data, said = load({"data": (path,), "eval_data": (other,)})
     assert len(data.evaluation) == 1
     assert said[-1] == f"Warning: 1 rows of the evaluation are in the training data too: {other}:1."
-    data, said = load({"data": (path,)}, eval_share=0.34)
+    data, said = load({"data": (path,), "eval_share": 0.34})
     assert (len(data.source), len(data.evaluation), len(said)) == (2, 1, 1)
     assert data.evaluation.batch(0, 0).sources == data.evaluation.batch(1, 0).sources
     with pytest.raises(UsageError, match="no share"):
-        load({"data": (path,), "eval_data": (other,)}, eval_share=0.5)
+        load({"data": (path,), "eval_data": (other,), "eval_share": 0.5})
+
+
+def test_the_digest_of_the_data_is_that_of_its_samples(load, write):
+    first, again = (load({"data": (write(ROWS, name),)})[0].digest for name in ("a.jsonl", "b.jsonl"))
+    other = load({"data": (write(ROWS.replace("Q3", "Q4"), "c.jsonl"),)})[0].digest
+    masked = load({"data": (write(ROWS, "d.jsonl"),), "mask": "all"})[0].digest
+    assert first == again and len({first, other, masked}) == 3
 
 
 def test_no_data_is_said(load):
