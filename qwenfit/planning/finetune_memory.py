@@ -14,7 +14,7 @@ from qwenfit.hardware import Hardware
 from qwenfit.planning.constants import fitted, read
 from qwenfit.planning.finetune_qwenfit import (
     all_layers_bytes,
-    as_run,
+    largest_pass,
     layer_bytes,
     loss_bytes,
     parked_bytes,
@@ -107,7 +107,9 @@ def finetune_memory(
     base = _states(config, task, precision, stack, stage, devices)
     own = stack.name == "qwenfit" and hardware.device.kind != "cpu"
     if own:
-        moments = _own_moments(base, config, as_run(config, task, hardware.device.kind), precision, stack, devices)
+        moments = _own_moments(
+            base, config, largest_pass(config, task, hardware.device.kind), precision, stack, devices
+        )
     else:
         moments = (
             _at_loss(base, config, task, stack),

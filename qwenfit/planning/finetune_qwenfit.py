@@ -87,6 +87,15 @@ def as_run(config: ModelConfig, task: Finetune, kind: str) -> Finetune:
     return replace(task, micro_batch=together * task.micro_batch, grad_accum=passes)
 
 
+def largest_pass(config: ModelConfig, task: Finetune, kind: str) -> Finetune:
+    """The task with one sample as long as all that a pass may hold: what memory is planned for.
+
+    Lengths that do not divide a pass take less; so a longer sample is never planned smaller than a shorter one.
+    """
+    most = task.tokens if kind == "cpu" else min(task.tokens * task.grad_accum, PASS_ELEMENTS // config.hidden_size)
+    return replace(task, micro_batch=1, seq_len=max(task.tokens, most))
+
+
 def parked_bytes(config: ModelConfig, task: Finetune, devices: int) -> int:
     """The embedding that waits in host memory: frozen, no head too, of one process."""
     frozen = task.method in ("lora", "qlora") and not config.tie_word_embeddings

@@ -10,7 +10,7 @@ from qwenfit.config import ModelConfig
 from qwenfit.errors import DoesNotFit, QwenfitError, UsageError
 from qwenfit.planning.advice import advice_for
 from qwenfit.planning.finetune_memory import checkpoint_bytes, trainable
-from qwenfit.planning.finetune_qwenfit import as_run
+from qwenfit.planning.finetune_qwenfit import largest_pass
 from qwenfit.planning.planner import plan, resolve, verdict
 from qwenfit.planning.render import size
 from qwenfit.planning.stack import get_stack
@@ -75,7 +75,7 @@ def _check_method(model: ModelConfig, method: str, config: TuneConfig) -> None:
 def _as_configured(made: Plan, config: TuneConfig) -> Plan:
     """The plan with what this trainer's own settings change: float32 compute, moments, what is kept, offload."""
     assert isinstance(made.task, Finetune)
-    task, memory = as_run(made.model, made.task, made.hardware.device.kind), made.memory
+    task, memory = largest_pass(made.model, made.task, made.hardware.device.kind), made.memory
     if config.precision == "fp32":
         wide = {part: 2 * getattr(memory, part) for part in ("weights", "activations")}
         if task.method == "full":  # the weights are their own master
