@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from qwenfit.bench.record import versions
 from qwenfit.errors import EXTRA_OF
 from qwenfit.hardware import Device, capability_notes
+from qwenfit.run.prerequisites import prerequisites
 
 USES = {
     "torch": "running a model",
@@ -50,7 +51,7 @@ def examine() -> list[Check]:
             checks.append(Check("package", "missing", f"{package}: {what}", fix))
     if importlib.util.find_spec("torch") is not None:
         checks += _torch_checks()
-    return checks
+    return checks + [Check("guide", "ok", line.text) for line in prerequisites()]
 
 
 def _devices() -> list[Device]:
@@ -87,7 +88,53 @@ def _torch_checks() -> list[Check]:
         status = "note" if "missing" in choice.reason else "ok"
         fix = "apt-get install gcc" if status == "note" and device == "cpu" else ""
         checks.append(Check("kernel", status, f"{weight} {what}: {choice.name} ({choice.reason})", fix))
-    return checks
+    return [*checks, *(_gpu_block_checks() if on_gpu else [*_cpu_block_checks(), _huge_pages()])]
+
+
+def _cpu_block_checks() -> list[Check]:
+    """Who does what lies between the matrix products, and who rounds weights while they are loaded."""
+    import torch
+
+    from qwenfit.kernels import block, native, rounding
+
+    with torch.inference_mode():
+        runs = {dtype: block.usable(torch.empty(1, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)}
+        half = block.usable(torch.empty(1, dtype=torch.float16))
+    what = "norm, rotation, gate, cache and decode attention"
+    rounds = rounding.usable(8, torch.bfloat16, torch.device("cpu"), 4096, 128)
+    if all(runs.values()) and rounds and not half:
+        return [
+            Check("kernel", "ok", f"{what}: native block (bf16 and fp32 activations: one C call each)"),
+            Check("kernel", "ok", f"{what} in fp16: PyTorch (the C kernels read bf16 and fp32 only)"),
+            Check("kernel", "ok", "rounding to int8 and int4 at load: native (straight into the packed layout)"),
+        ]
+    why = native.why_not() or "they did not compile"
+    return [
+        Check("kernel", "note", f"{what}: PyTorch (the C kernels are missing: {why})", "apt-get install gcc"),
+        Check("kernel", "note", f"rounding to int8 and int4 at load: PyTorch, slow ({why})", "apt-get install gcc"),
+    ]
+
+
+def _huge_pages() -> Check:
+    from qwenfit.kernels import pages
+
+    found = pages.setting()
+    if found in ("madvise", "always"):
+        return Check("memory", "ok", f"huge pages: {found}, so weights load in pages of 2 MiB")
+    fix = "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled" if found else ""
+    return Check(
+        "memory", "note", f"huge pages: {found or 'none here'}, so weights load in pages of 4 KiB, slower", fix
+    )
+
+
+def _gpu_block_checks() -> list[Check]:
+    what = "norm, rotation, gate, cache and attention"
+    if importlib.util.find_spec("triton") is None:
+        return [Check("kernel", "missing", f"{what}: PyTorch (triton is not installed)", "pip install triton")]
+    return [
+        Check("kernel", "ok", f"{what}, decode: triton, one CUDA graph a step (nothing waits for the host)"),
+        Check("kernel", "ok", f"{what}, prompt: triton (ragged attention over the paged cache)"),
+    ]
 
 
 def report(checks: list[Check]) -> str:
