@@ -385,10 +385,10 @@ def _int_matvec(
                 if EARLY:
                     origin = after_loads(nought, INTERPRETED)
             if not WHOLE:
-                norm = _norm_weights(norm_ptr, perm_ptr, start + word,
+                tile_norm = _norm_weights(norm_ptr, perm_ptr, start + word,
                                      IN, BITS, BLOCK, BLOCK_WORDS, WORDS, HAS_NORM, HAS_PERM)  # fmt: skip
                 high, low, sums, unit, square = _in_bytes(
-                    x_ptr, norm, perm_ptr, start + word, batch, rows,
+                    x_ptr, tile_norm, perm_ptr, start + word, batch, rows,
                     IN, BITS, BLOCK, BLOCK_WORDS, WORDS, HAS_NORM, HAS_PERM, INTERPRETED,
                 )  # fmt: skip
                 squares += square
