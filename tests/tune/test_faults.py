@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -109,6 +111,20 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_says_which(base, monkeypa
     assert result_of(base.parent / "run") == result_of(base.parent / "straight")
 
 
+def test_a_folder_that_becomes_read_only_leaves_the_earlier_checkpoint_and_says_which(base, monkeypatch):
+    mkdir = Path.mkdir
+
+    def refused(path, *rest, **options):
+        if path.name == ".tmp-00000004":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        mkdir(path, *rest, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(QwenfitError, match="Read-only file system; step-00000002 is untouched"):
+        tune_tiny(run_of(base))
+    assert not checkpoint.problem(base.parent / "run" / "checkpoints" / "step-00000002")
+
+
 def test_too_little_room_is_said_before_the_first_step(base, monkeypatch):
     from qwenfit.tune import setup
 
@@ -172,7 +188,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(base, monkeypatch)
     from qwenfit.tune import world
 
     monkeypatch.setattr(world, "load_model", lambda *a, **k: pytest.fail("weights were read"))
-    config = run_of(base, seq_len=256, micro_batch=10_000_000)
+    config = run_of(base, seq_len=256, micro_batch=1_000_000)
     with pytest.raises(DoesNotFit, match="free"):
         tune_tiny(config, data=source())
     assert not (base.parent / "run").exists()

@@ -53,7 +53,7 @@ def losses(output: Path) -> list[float]:
 @pytest.mark.parametrize(("precision", "apart"), [("fp32", 1e-3), ("bf16", 0.03)])
 def test_one_process_over_nccl_trains_as_copies_do(folder, precision, apart, way):
     wanted = losses(folder / f"{precision}-copies")
-    assert len(wanted) == 4 and wanted[0] > wanted[1]
+    assert len(set(wanted)) == 4
     assert losses(folder / f"{precision}-{way}") == pytest.approx(wanted, abs=apart)
 
 
