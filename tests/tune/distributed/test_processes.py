@@ -134,7 +134,7 @@ def test_no_process_ever_holds_the_whole_network(folder):
     assert whole > 80e6
     for each in seen:
         assert each["held"] == each["total"] / 2
-        assert each["loading"] < 0.75 * whole  # a half, the adapters, and what a tensor is read through
+        assert each["loading"] < 0.85 * whole  # a half, the adapters, and what a tensor is read through
 
 
 @pytest.mark.parametrize("way", ["zero3", *SHARDED[2:]])
