@@ -226,8 +226,9 @@ class Loader:
         """The integer layer of a parameter, and what remains to be done until it holds its numbers."""
         weights, dtype = self.weights, self.model.dtype
         if isinstance(weights, CanonicalWeights) and not parameter.quantized:
-            if rounding.usable(bits, dtype, self.device, parameter.shape[1], GROUP_SIZE):
-                packed = rounding.empty(bits, *parameter.shape, GROUP_SIZE)
+            out_features, in_features = parameter.shape
+            if rounding.usable(bits, dtype, self.device, in_features, GROUP_SIZE):
+                packed = rounding.empty(bits, out_features, in_features, GROUP_SIZE)
                 return Linear(None, None, packed), list(_rounding_jobs(weights, parameter, packed))
             linear = Linear.from_quantized(_quantize(weights, parameter, bits, self.device), None, dtype, self.device)
         elif isinstance(weights, CanonicalWeights):

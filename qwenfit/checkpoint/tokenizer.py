@@ -200,7 +200,7 @@ def _stop_ids(
     The usual ones are needed because many published files name one of two: a chat GGUF only <|im_end|>, a base model
     only <|endoftext|>.
     """
-    ids = {i for i in declared if i is not None}
+    ids = [i for i in declared if i is not None]
     if not all(type(i) is int and i >= 0 for i in ids):
         raise BadFile("An end-of-sequence id is not a whole number.")
     return {i for i in ids if isinstance(i, int)} | {token.id for token in added if token.text in usual}

@@ -97,7 +97,8 @@ def _added_tokens(document: dict[str, Any], tokenizer_config: dict[str, Any], wh
     added = [_added_token(entry, where) for entry in listed]
     known = set(added)
     for key, entry in extra.items():
-        token = _added_token({**entry, "id": int(key)} if isinstance(entry, dict) and key.isdecimal() else None, where)
+        numbered = isinstance(entry, dict) and key.isdecimal() and len(key) < 12
+        token = _added_token({**entry, "id": int(key)} if numbered else None, where)
         if token not in known:
             added.append(token)
     return added
@@ -106,8 +107,19 @@ def _added_tokens(document: dict[str, Any], tokenizer_config: dict[str, Any], wh
 def _added_token(entry: object, where: str) -> AddedToken:
     if not isinstance(entry, dict) or type(entry.get("content")) is not str or type(entry.get("id")) is not int:
         raise BadFile(f"{where}: an added token lacks its text or its id.")
+    if not _is_unicode(entry["content"]):
+        raise BadFile(f"{where}: the added token {entry['content'][:40]!a} holds half a surrogate pair.")
     if entry.get("lstrip") or entry.get("rstrip") or entry.get("single_word"):
         raise BadFile(
             f"{where}: the added token {entry['content'][:40]!r} swallows its neighbours, as none of Qwen's do."
         )
     return AddedToken(entry["content"], entry["id"], control=bool(entry.get("special")))
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can write half of a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

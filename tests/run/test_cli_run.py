@@ -356,7 +356,7 @@ def test_without_torch_a_plan_is_made_and_doctor_says_what_to_install(tmp_path: 
     options = {"cwd": tmp_path, "env": environment(), "capture_output": True, "text": True, "timeout": 120}
     assert subprocess.run([*command, "plan", "Qwen-7B", "--gpu", "RTX 3090"], **options).returncode == 0  # type: ignore[call-overload]
     checks = json.loads(subprocess.run([*command, "doctor", "--json"], **options).stdout)  # type: ignore[call-overload]
-    (torch,) = [check for check in checks if check["text"].startswith("torch:")]
+    (torch,) = [check for check in checks if check["topic"] == "package" and check["text"].startswith("torch:")]
     assert torch["status"] == "missing" and "qwenfit[run]" in torch["fix"]
 
 
