@@ -185,7 +185,10 @@ def _comparison(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(what equals the original, what does not), one sentence each."""
     length = served_length(config)
-    equal = [f"logits, for prompt and answer together within {length:,} tokens."]
+    dequantised = gguf or (config.quantization is not None and not packed)
+    rounds = dtype != "float32" and (dequantised or dtype != config.dtype)
+    exact = "logits, but for the rounding named below," if rounds else "logits,"
+    equal = [f"{exact} for prompt and answer together within {length:,} tokens."]
     differs = []
     if config.use_dynamic_ntk or config.use_logn_attn:
         rules = [("dynamic NTK", config.use_dynamic_ntk), ("LogN attention", config.use_logn_attn)]
@@ -194,10 +197,10 @@ def _comparison(
             f"beyond {length:,} tokens, where Qwen-1 applies {names} and the Qwen2 architecture cannot; "
             f"max_position_embeddings is {length} so that servers refuse such prompts. qwenfit runs them."
         )
-    if gguf or (config.quantization and not packed):
-        rounded = "" if dtype == "float32" else " and rounded once more"
+    if dequantised:
+        rounded = " and rounded once more" if rounds else ""
         differs.append(f"the layout: quantized weights were dequantised{rounded} to {dtype}.")
-    elif dtype != config.dtype and dtype != "float32":
+    elif rounds:
         differs.append(f"the weights: rounded from {config.dtype} to {dtype}.")
     if tokenizer is None:
         differs.append("the tokenizer: there was no vocabulary beside the weights, so none was written.")

@@ -307,7 +307,8 @@ def test_a_disk_too_small_is_told_before_writing(golden, tmp_path, monkeypatch):
 
 def test_rounded_weights_are_reported(golden, tmp_path):
     report = convert(golden / "qwen1/c_ntk", tmp_path / "out", dtype="float16")
-    assert "rounded from float32 to float16" in report.text
+    assert "rounded from float32 to float16" in report.text and "but for the rounding" in report.text
+    assert "but for the rounding" not in convert(golden / "qwen1/c_ntk", tmp_path / "same").text
 
 
 def test_nothing_to_convert(golden, tmp_path):
