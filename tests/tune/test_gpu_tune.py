@@ -20,12 +20,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 CONFIG = ModelConfig(
     name="tiny",
     architecture="qwen2",
-    hidden_size=256,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
+    hidden_size=128,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
     head_dim=64,
-    intermediate_size=512,
+    intermediate_size=256,
     vocab_size=320,
     tie_word_embeddings=False,
     qkv_bias=True,
@@ -35,11 +35,12 @@ CONFIG = ModelConfig(
     context_length=512,
     training_length=512,
 )
+STEPS = 8
 
 
 @functools.cache
 def losses(device: str, precision: str, method: str = "lora", packed: bool = False, **changes) -> list[float]:
-    """Twelve steps on random weights, the same for the same seed on every device."""
+    """Two epochs of four steps on random weights, the same for the same seed on every device."""
     torch.manual_seed(0)
     model, _ = load_model(CONFIG, precision=precision, device=device, random_weights=True, seed=1)
     if method == "full":
@@ -52,46 +53,56 @@ def losses(device: str, precision: str, method: str = "lora", packed: bool = Fal
         train_tables(model)
     if method == "rows":
         train_rows(model, [3, 7])
-    config = settings("tiny", max_steps=12, lr=1e-3, **changes)
-    few = samples(48, longest=60)
-    rows = [few[i : i + 4] for i in range(0, 48, 4)] if packed else [[s] for s in few]
+    config = settings("tiny", max_steps=STEPS, lr=4e-3, **changes)
+    few = samples(32 if packed else 16, longest=60)
+    rows = [few[i : i + 2] for i in range(0, 32, 2)] if packed else [[s] for s in few]
     found: list[dict] = []
     hooks = Hooks(found.append, lambda state: None)
-    train(model, optimizer_of(model, config), Rows(rows, 256 if packed else 64, 2, 0), None, config, State(), hooks)
+    train(model, optimizer_of(model, config), Rows(rows, 128 if packed else 64, 2, 0), None, config, State(), hooks)
     return [row["loss"] for row in found]
 
 
-def apart(one: list[float], two: list[float]) -> float:
-    return max(abs(a - b) for a, b in zip(one, two, strict=True))
+def fall(curve: list[float]) -> float:
+    """How far the mean loss of the second epoch lies below that of the first, which holds the same samples."""
+    half = STEPS // 2
+    return (sum(curve[:half]) - sum(curve[half:])) / half
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "lora-emb", "rows"])
-@pytest.mark.parametrize("packed", [False, True])
+def check_follows(curve: list[float], exact: list[float], tolerance: float, what: object = "") -> None:
+    apart = max(abs(a - b) for a, b in zip(curve, exact, strict=True))
+    assert apart < tolerance, f"{what} {apart:.2g} apart:\n{curve}\n{exact}"
+
+
+@pytest.mark.parametrize(
+    ("method", "packed"), [("full", False), ("lora", False), ("lora", True), ("lora-emb", True), ("rows", False)]
+)
 def test_bf16_on_the_gpu_follows_float32_on_the_cpu(method, packed):
     exact = losses("cpu", "fp32", method, packed)
-    assert exact[-1] < exact[0]
-    assert apart(losses("cuda", "bf16", method, packed), exact) < 0.02
-    assert apart(losses("cuda", "fp32", method, packed), exact) < 1e-3
+    assert fall(exact) > 0.01, exact
+    check_follows(losses("cuda", "bf16", method, packed), exact, 0.02, "bf16")
+    check_follows(losses("cuda", "fp32", method, packed), exact, 1e-3, "fp32")
 
 
 @pytest.mark.parametrize("precision", ["int4", "int8"])
 def test_q_lora_follows_the_cpu(precision):
-    assert apart(losses("cuda", precision), losses("cpu", precision)) < 0.02
+    check_follows(losses("cuda", precision), losses("cpu", precision), 0.02)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_what_is_kept_and_where_changes_no_loss(packed, monkeypatch):
-    from qwenfit.tune import offload
+@pytest.mark.parametrize(
+    ("packed", "keep", "offload"),
+    [(False, "inputs", True), (False, "attention", False), (False, "all", True), (True, "inputs", False),
+     (True, "attention", True)],
+)  # fmt: skip
+def test_what_is_kept_and_where_changes_no_loss(packed, keep, offload, monkeypatch):
+    from qwenfit.tune import offload as offloading
 
-    monkeypatch.setattr(offload, "MIN_BYTES", 1)
+    monkeypatch.setattr(offloading, "MIN_BYTES", 1)
     plain = losses("cuda", "bf16", packed=packed, keep="all")
-    for keep in ("inputs", "attention", "all"):
-        for offloaded in (False, True):
-            assert apart(losses("cuda", "bf16", packed=packed, keep=keep, offload=offloaded), plain) < 5e-3, keep
+    check_follows(losses("cuda", "bf16", packed=packed, keep=keep, offload=offload), plain, 5e-3)
 
 
 @pytest.mark.parametrize(("optimizer", "moments"), [("fp32", "bf16"), ("8bit", "bf16"), ("bf16", "bf16")])
 def test_every_regime_learns_on_the_gpu(optimizer, moments):
     wide = losses("cuda", "bf16", "full")
     narrow = losses("cuda", "bf16", "full", optimizer=optimizer, moments=moments)
-    assert abs(narrow[-1] - wide[-1]) < 0.1 * (wide[0] - wide[-1])
+    assert abs(fall(narrow) - fall(wide)) < 0.1 * fall(wide), f"{narrow}\n{wide}"
