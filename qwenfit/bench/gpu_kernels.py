@@ -71,6 +71,7 @@ HEADS = {"Qwen-7B": 32, "Qwen-1.8B": 16, "Qwen-14B": 40, "Qwen-72B": 64}  # of a
 VOCABULARIES = [(5120, 152064), (8192, 152064)]  # heads of the models that were not tuned yet
 ROTATED_BYTES = 400 << 20
 COMPILERS = 14  # processes
+PARTS = "int4,attention,int8,bf16,rows"
 
 
 @dataclass
@@ -123,20 +124,34 @@ def copies(make: Callable[[], Any], nbytes: int) -> list[Any]:
     return [make() for _ in range(max(2, -(-ROTATED_BYTES // nbytes)))]
 
 
-def int_configs(bits: int, inputs: int, rows: int) -> Iterable[Config]:
-    """Tiles that fit the inputs, with fewer and more warps at once; last, one without the forced order of loads."""
+def int_configs(bits: int, inputs: int, out: int, rows: int) -> Iterable[Config]:
+    """Tiles that fit the inputs, with numbers of programs that share the tiles out evenly."""
     cores = torch.cuda.get_device_properties().multi_processor_count
     needed = inputs * bits // 32
-    padded = {words: -(-needed // words) * words for words in (256, 512, 1024)}
-    best_two = sorted(padded, key=lambda words: (padded[words], abs(words - 512)))[: 2 if rows == 1 else 1]
-    tiles = (8, 16) if rows == 1 else (8,) if rows == 2 else (4, 8)
-    for words in best_two:
-        for tile in tiles:
-            for resident in (8, 16) if rows == 1 else (12,):
-                warps = words // 128
-                programs = cores * max(1, resident // warps)
+    padded = {words: -(-needed // words) * words for words in (128, 256, 512, 1024)}
+    if rows > 1:
+        words = min((256, 512), key=lambda words: (padded[words], -words))
+        for tile in (8,) if rows == 2 else (4, 8):
+            yield {"rows": tile, "words": words, "warps": words // 128, "programs": cores * 12 * 128 // words}
+        yield {"rows": 8, "words": 512, "warps": 4, "programs": 4 * cores, "early": 0}
+        return
+    widths = [words for words in (512, 256, 128) if padded[words] <= 1.2 * needed]
+    if 512 < needed <= 1024:
+        widths.append(1024)  # all of x at once, though some threads have nothing to do
+    for words in widths:
+        for tile in (8, 16):
+            warps, tiles = words // 128, -(-out // tile)
+            evenness = {}
+            for resident in range(max(1, 6 // warps), 16 // warps + 1):
+                programs = cores * resident
+                evenness[programs] = tiles / (programs * -(-tiles // programs))
+            for programs in sorted(evenness, key=lambda one: (-round(evenness[one], 2), -one))[:3]:
                 yield {"rows": tile, "words": words, "warps": warps, "programs": programs}
-    yield {"rows": tiles[-1], "words": 512, "warps": 4, "programs": 4 * cores, "early": 0}
+
+
+def once_each(configs: Iterable[Config]) -> list[Config]:
+    """One of all configs that the same compiled kernel serves."""
+    return list({tuple(c for name, c in config.items() if name != "programs"): config for config in configs}.values())
 
 
 def attention_configs(quantized: bool, sequences: int) -> Iterable[Config]:
@@ -245,7 +260,10 @@ class Bench:
                     [partial(int_matvec, a[0], one, None, a[2], a[1], 1e-6, g, a[3], config) for one in w]
                 )
 
-            config, us = self.choose("int_matvec", (bits, inputs, out, rows), int_configs(bits, inputs, rows), run)
+            configs = int_configs(bits, inputs, out, rows)
+            config, us = self.choose(
+                "int_matvec", (bits, inputs, out, rows), once_each(configs) if self.compiling else configs, run
+            )
             if self.compiling:
                 continue
             got = int_matvec(x, weights[0], None, residual, norm, 1e-6, gated, y.fill_(torch.nan), config)
@@ -372,26 +390,24 @@ def random_cache(blocks: int, size: int, kv_heads: int, dim: int, quantized: boo
     return LayerCache(key, value, key_affine, value_affine)
 
 
-def measure(bench: Bench, models: list[str], seconds: float) -> None:
-    """All parts, the most wanted first; none is begun after `seconds`."""
+def measure(bench: Bench, models: list[str], only: list[str], seconds: float) -> None:
+    """The parts of PARTS that are asked for, the most wanted first; none is begun after `seconds`."""
     began = time.perf_counter()
     parts: list[tuple[Any, ...]] = []
-    for model in models:
-        parts += [(bench.int_products, 4, 1, SHAPES[model])]
-    for model in models:
-        for quantized in (False, True):
-            parts += [(bench.attention, quantized, HEADS[model], 1, (1024, 8192))]
-    for model in models:
-        parts += [(bench.int_products, 8, 1, SHAPES[model])]
-    if "Qwen-7B" in models:
-        parts += [(bench.attention, quantized, 32, 64, (1024,)) for quantized in (False, True)]
-        parts += [(bench.bf16_products, 1, SHAPES["Qwen-7B"])]
-    if "Qwen-14B" in models:
-        parts += [(bench.bf16_products, 1, SHAPES["Qwen-14B"])]
+    if "int4" in only:
+        parts += [(bench.int_products, 4, 1, SHAPES[model]) for model in models]
+    if "attention" in only:
+        parts += [(bench.attention, q, HEADS[model], 1, (1024, 8192)) for model in models for q in (False, True)]
+        parts += [(bench.attention, q, 32, 64, (1024,)) for q in (False, True) if "Qwen-7B" in models]
+    if "int8" in only:
+        parts += [(bench.int_products, 8, 1, SHAPES[model]) for model in models]
+    if "bf16" in only:
+        parts += [(bench.bf16_products, 1, SHAPES[model]) for model in models if model in ("Qwen-7B", "Qwen-14B")]
         parts += [(bench.bf16_products, 1, [(*shape, False, True, False)]) for shape in VOCABULARIES]
-    for rows in (2, 4):
-        for model in models[:2]:
-            parts += [(bench.int_products, bits, rows, SHAPES[model]) for bits in (4, 8)]
+    if "rows" in only:
+        for rows in (2, 4):
+            for model in models[:2]:
+                parts += [(bench.int_products, bits, rows, SHAPES[model]) for bits in (4, 8)]
     for what, *arguments in parts:
         if time.perf_counter() - began < seconds:
             bench.attempt(what, *arguments)
@@ -405,18 +421,19 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="measure the configs in force instead of choosing new ones")
     parser.add_argument("--compile", metavar="I/N", help="only compile the I-th of N shares of what would be measured")
     parser.add_argument("--models", default="Qwen-7B,Qwen-1.8B,Qwen-14B,Qwen-72B", help="whose shapes")
+    parser.add_argument("--parts", default=PARTS, help="what is measured; rows: int4 and int8 with 2 and 4 rows")
     parser.add_argument("--seconds", type=float, default=145, help="in all; parts that would begin later are left out")
     options = parser.parse_args()
     began = time.perf_counter()
     torch.manual_seed(0)
-    models = options.models.split(",")
+    models, only = options.models.split(","), options.parts.split(",")
     if options.compile:
-        measure(Bench(True, Compiler(options.compile)), models, options.seconds)
+        measure(Bench(True, Compiler(options.compile)), models, only, options.seconds)
         return
-    arguments = ["--out", str(options.out), "--models", options.models]
+    arguments = ["--out", str(options.out), "--models", options.models, "--parts", options.parts]
     compiling = 0.0 if options.keep else compile_beside(arguments, options.seconds * 0.55)
     bench = Bench(not options.keep)
-    measure(bench, models, options.seconds - 5 - (time.perf_counter() - began))
+    measure(bench, models, only, options.seconds - 5 - (time.perf_counter() - began))
     options.out.mkdir(parents=True, exist_ok=True)
     record = bench.record() | {"seconds": {"compiling": compiling, "all": time.perf_counter() - began}}
     (options.out / "gpu-kernels.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -336,7 +336,7 @@ def _weight_tile(
     return words, scale, zero
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "programs"])
 def _int_matvec(
     x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, residual_ptr, norm_ptr, perm_ptr, y_ptr,
     rows, eps, outputs, tiles, programs, nought,

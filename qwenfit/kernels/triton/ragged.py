@@ -12,13 +12,14 @@ from itertools import accumulate
 import torch
 import triton
 import triton.language as tl
-from torch.nn.functional import scaled_dot_product_attention
 
 from qwenfit.kernels.attention import LayerCache, RaggedStep, paged_attention_reference, write_kv
 from qwenfit.kernels.norm import rms_norm
 from qwenfit.kernels.rotary import rotate
 from qwenfit.kernels.triton.decode_attention import NewTokens, decode_step_attention
 from qwenfit.kernels.triton.launch import options, start_after_previous
+from qwenfit.kernels.triton.prompt_attention import prompt_attention, prompt_attention_reference
+from qwenfit.kernels.triton.tuning import measured
 
 _HEADS = 8  # of a program
 
@@ -95,8 +96,7 @@ def ragged_attention(
     q, k, v = prompts[:, :heads], prompts[:, heads:-kv_heads], prompts[:, -kv_heads:]
     if plan.context_slots is not None:
         k, v = gather_context(cache, plan.context_slots, qkv.dtype)
-    flash = _flash if qkv.is_cuda and qkv.dtype != torch.float32 else _flash_each
-    out = flash(q, k, v, plan, scale).flatten(1)
+    out = _attend_prompts(q, k, v, plan, scale).flatten(1)
     return out if singles == 0 else torch.cat((_singles(qkv[:singles], new, cache, plan, scale), out))
 
 
@@ -107,7 +107,20 @@ def _singles(qkv: torch.Tensor, new: NewTokens, cache: LayerCache, plan: RaggedP
     return decode_step_attention(qkv, new, cache, plan.block_tables, plan.single_contexts, scale)
 
 
-def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: RaggedPlan, scale: float) -> torch.Tensor:
+def _attend_prompts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: RaggedPlan, scale: float) -> torch.Tensor:
+    """`prompt_attention_reference`, by what was measured as the fastest for such a length on this card."""
+    if not q.is_cuda or q.dtype == torch.float32:  # which flash attention does not take
+        return prompt_attention_reference(q, k, v, plan.query_lens, plan.context_lens, scale)
+    longest = max(plan.query_lens)
+    config = measured("prompt_attention", (q.shape[2], q.shape[1] // k.shape[1], longest))
+    if config is None:
+        return flash(q, k, v, plan, scale)
+    if "cudnn" not in config:
+        return prompt_attention(q, k, v, plan.query_starts, plan.context_starts, longest, scale, config)
+    return (cudnn if len(plan.query_lens) == 1 and plan.context_slots is None else flash)(q, k, v, plan, scale)
+
+
+def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: RaggedPlan, scale: float) -> torch.Tensor:
     """torch's flash attention of all prompts at once; each one's queries are the last rows of its causal square."""
     out: torch.Tensor = torch.ops.aten._flash_attention_forward(
         q, k, v, plan.query_starts, plan.context_starts, max(plan.query_lens), max(plan.context_lens),
@@ -116,18 +129,13 @@ def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: RaggedPlan, 
     return out
 
 
-def _flash_each(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: RaggedPlan, scale: float) -> torch.Tensor:
-    """The same prompt by prompt: float32, which flash attention does not take."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    start = context_start = 0
-    for queries, context in zip(plan.query_lens, plan.context_lens, strict=True):
-        rows, keys = slice(start, start + queries), slice(context_start, context_start + context)
-        mask = torch.ones(queries, context, dtype=torch.bool, device=q.device).tril_(context - queries)
-        one, its_k, its_v = (x.transpose(0, 1)[None] for x in (q[rows], k[keys], v[keys]))
-        attended = scaled_dot_product_attention(one, its_k, its_v, attn_mask=mask, scale=scale, enable_gqa=True)
-        out[rows] = attended[0].transpose(0, 1)
-        start, context_start = rows.stop, keys.stop
-    return out
+def cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: RaggedPlan, scale: float) -> torch.Tensor:
+    """cuDNN's attention of one whole prompt. It plans every length when it first comes."""
+    one, keys, values = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out: torch.Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        one, keys, values, None, False, 0.0, True, False, scale=scale
+    )[0]
+    return out[0].transpose(0, 1)
 
 
 def rotate_in_place(qkv: torch.Tensor, new: NewTokens, cache: LayerCache, first: int) -> None:

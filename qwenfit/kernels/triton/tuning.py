@@ -17,6 +17,11 @@ def tuned(kernel: str, shape: tuple[int, ...]) -> Config:
     return _lookup(kernel, shape, _card())
 
 
+def measured(kernel: str, shape: tuple[int, ...]) -> Config | None:
+    """As `tuned`, but None where there is no measurement."""
+    return _table(_card()).get(key(kernel, shape))
+
+
 def key(kernel: str, shape: tuple[int, ...]) -> str:
     """The name of a config in tuned/*.json; the number of rows is rounded up to a power of two."""
     return " ".join(map(str, (kernel, *shape[:-1], 1 << (shape[-1] - 1).bit_length())))

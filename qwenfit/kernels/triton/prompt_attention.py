@@ -1,0 +1,112 @@
+"""Causal attention of prompts on the tensor cores: several at once, each on its own context.
+
+`prompt_attention_reference` is the definition. The kernel is the forward pass of FlashAttention-2 (arXiv 2307.08691),
+a program for some queries of one head; the longest rows start first, so that short ones fill the gaps at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn.functional import scaled_dot_product_attention
+
+from qwenfit.kernels.triton.launch import options, start_after_previous
+
+Lens = list[int]
+
+
+def prompt_attention_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_lens: Lens, context_lens: Lens, scale: float
+) -> torch.Tensor:
+    """q [sum of queries, heads, head_dim], k and v [sum of contexts, kv_heads, head_dim] -> as q.
+
+    A prompt's queries are the last of its context; each sees itself and what is before it.
+    """
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    start = context_start = 0
+    for queries, context in zip(query_lens, context_lens, strict=True):
+        rows, keys = slice(start, start + queries), slice(context_start, context_start + context)
+        mask = torch.ones(queries, context, dtype=torch.bool, device=q.device).tril_(context - queries)
+        one, its_k, its_v = (x.transpose(0, 1)[None] for x in (q[rows], k[keys], v[keys]))
+        attended = scaled_dot_product_attention(one, its_k, its_v, attn_mask=mask, scale=scale, enable_gqa=True)
+        out[rows] = attended[0].transpose(0, 1)
+        start, context_start = rows.stop, keys.stop
+    return out
+
+
+def prompt_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    query_starts: torch.Tensor,
+    context_starts: torch.Tensor,
+    longest: int,
+    scale: float,
+    config: dict[str, int],
+) -> torch.Tensor:
+    """`prompt_attention_reference` in one kernel, from int32 [prompts + 1] of where each prompt's rows begin.
+
+    `longest`: no prompt has more queries. Heads are contiguous and a power of two wide; tokens may be strided.
+    """
+    heads, head_dim = q.shape[1:]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _prompt_attention[(heads, triton.cdiv(longest, config["m"]), len(query_starts) - 1)](
+        q, k, v, out, query_starts, context_starts, q.stride(0), k.stride(0), v.stride(0),
+        scale * 1.4426950408889634, HEADS=heads, GROUP=heads // k.shape[1], DIM=head_dim,
+        M=config["m"], N=config["n"], STAGES=config["stages"], num_warps=config["warps"], **options(q),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _prompt_attention(
+    q_ptr, k_ptr, v_ptr, out_ptr, query_starts_ptr, context_starts_ptr, q_stride, k_stride, v_stride, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    start_after_previous(OVERLAP)
+    head, prompt = tl.program_id(0), tl.program_id(2)
+    begin, keys_begin = tl.load(query_starts_ptr + prompt), tl.load(context_starts_ptr + prompt)
+    queries = tl.load(query_starts_ptr + prompt + 1) - begin
+    context = tl.load(context_starts_ptr + prompt + 1) - keys_begin
+    first = (tl.num_programs(1) - 1 - tl.program_id(1)) * M
+    if first < queries:
+        row = first + tl.arange(0, M)
+        d = tl.arange(0, DIM)
+        column = tl.arange(0, N)
+        before = context - queries  # tokens that are before the first query
+        q_ptr += begin.to(tl.int64) * q_stride + head * DIM
+        k_ptr += keys_begin.to(tl.int64) * k_stride + head // GROUP * DIM
+        v_ptr += keys_begin.to(tl.int64) * v_stride + head // GROUP * DIM
+        q = tl.load(q_ptr + row[:, None] * q_stride + d[None, :], mask=(row < queries)[:, None], other=0.0)
+        top = tl.full([M], -1e30, tl.float32)
+        total = tl.zeros([M], tl.float32)
+        acc = tl.zeros([M, DIM], tl.float32)
+        whole = (first + before + 1) // N * N  # all queries of the program see the keys up to here
+        for start in tl.range(0, whole, N, num_stages=STAGES):
+            at = (start + column)[:, None]
+            k = tl.load(k_ptr + at * k_stride + d[None, :])
+            points = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            new_top = tl.maximum(top, tl.max(points, axis=1))
+            p = tl.exp2(points - new_top[:, None])
+            shrink = tl.exp2(top - new_top)
+            total = total * shrink + tl.sum(p, axis=1)
+            v = tl.load(v_ptr + at * v_stride + d[None, :])
+            acc = tl.dot(p.to(q.dtype), v, acc * shrink[:, None], input_precision="ieee")
+            top = new_top
+        for start in tl.range(whole, tl.minimum(context, first + M + before), N, num_stages=1):
+            at = (start + column)[:, None]
+            k = tl.load(k_ptr + at * k_stride + d[None, :], mask=at < context, other=0.0)
+            points = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            points = tl.where((start + column)[None, :] <= (row + before)[:, None], points, -1e30)
+            new_top = tl.maximum(top, tl.max(points, axis=1))
+            p = tl.exp2(points - new_top[:, None])
+            shrink = tl.exp2(top - new_top)
+            total = total * shrink + tl.sum(p, axis=1)
+            v = tl.load(v_ptr + at * v_stride + d[None, :], mask=at < context, other=0.0)
+            acc = tl.dot(p.to(q.dtype), v, acc * shrink[:, None], input_precision="ieee")
+            top = new_top
+        out = out_ptr + ((begin + row).to(tl.int64) * HEADS + head)[:, None] * DIM + d[None, :]
+        result = acc / total[:, None]
+        tl.store(out, result.to(out_ptr.dtype.element_ty), mask=(row < queries)[:, None])

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from itertools import accumulate
+
+import pytest
+import torch
+
+from tests.kernels.triton_cases import DEVICE, error, random
+
+pytest.importorskip("triton")
+from qwenfit.kernels.triton.prompt_attention import prompt_attention, prompt_attention_reference
+
+CONFIGS = [{"m": 16, "n": 16, "warps": 1, "stages": 2}, {"m": 32, "n": 16, "warps": 2, "stages": 1}]
+LENGTHS = {
+    "one": ([1], [1]),
+    "whole prompts": ([40, 3, 17], [40, 3, 17]),
+    "parts of prompts": ([5, 33, 16], [48, 33, 31]),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["16x16", "32x16"])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 16), (6, 2, 32)])
+def test_prompt_attention(
+    heads: int, kv_heads: int, dim: int, lengths: tuple[list[int], list[int]], config: dict[str, int]
+) -> None:
+    queries, contexts = lengths
+    together = random(sum(queries), heads + 5, dim)
+    q = together[:, 2:-3]  # as a view into projected heads
+    k, v = random(sum(contexts), kv_heads, dim, seed=1), random(sum(contexts), kv_heads, dim, seed=2)
+    starts = [torch.tensor([*accumulate(n, initial=0)], dtype=torch.int32, device=DEVICE) for n in lengths]
+    out = prompt_attention(q, k, v, *starts, max(queries), 0.3, config)
+    assert error(out, prompt_attention_reference(q, k, v, queries, contexts, 0.3)) < 1e-5
