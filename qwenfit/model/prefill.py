@@ -12,8 +12,9 @@ from qwenfit.kernels.triton.ragged import RaggedPlan, ragged_attention, ragged_p
 from qwenfit.model.attention import Attention
 from qwenfit.model.batch import Batch
 from qwenfit.model.kv_cache import KVCache
+from qwenfit.model.linear import Linear
 from qwenfit.model.rotary import Angles
-from qwenfit.model.transformer import Block, Transformer
+from qwenfit.model.transformer import Block, RMSNorm, Transformer
 
 
 @torch.inference_mode()
@@ -38,12 +39,21 @@ def prefill(model: Transformer, batch: Batch, cache: KVCache, rows: torch.Tensor
             out, x = out[rows], x[rows]
             if len(rows) == 0:
                 return x
-        norm = layer.post_attention_layernorm
-        normed, x = add_norm(layer.self_attn.o_proj(out), x, norm.weight, norm.eps)
-        out = layer.mlp.down_proj(silu_mul(layer.mlp.gate_up_proj(normed)))
-        norm = model.norm if last else blocks[index + 1].input_layernorm
-        normed, x = add_norm(out, x, norm.weight, norm.eps)
+        normed, x = _add_and_norm(layer.self_attn.o_proj, out, x, layer.post_attention_layernorm)
+        inner = silu_mul(layer.mlp.gate_up_proj(normed))
+        normed, x = _add_and_norm(
+            layer.mlp.down_proj, inner, x, model.norm if last else blocks[index + 1].input_layernorm
+        )
     return normed
+
+
+def _add_and_norm(
+    linear: torch.nn.Module, y: torch.Tensor, x: torch.Tensor, norm: RMSNorm
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm(x + linear(y)), x + linear(y)); x is overwritten. A plain layer's sum is rounded once."""
+    if type(linear) is Linear and linear.weight is not None and linear.bias is None:
+        return add_norm(x.addmm_(y, linear.weight.T), None, norm.weight, norm.eps)
+    return add_norm(linear(y), x, norm.weight, norm.eps)
 
 
 def _attend(
