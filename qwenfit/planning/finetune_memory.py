@@ -136,7 +136,11 @@ def _states(config: ModelConfig, task: Finetune, precision: str, stack: Stack, s
     state = state_bytes(task.optimizer, stack)
     tables = state_bytes("bf16", stack) if stack.name.startswith("transformers") else state
     if stage == 3:
-        gathered = 2 * int(read("zero3_live_parameters")) + 2 * config.embedding_parameters
+        # Whole for a while: DeepSpeed as many parameters as it is allowed, fully_shard a layer and the next one.
+        live = 2 * config.linear_parameters_per_layer
+        if stack.name == "transformers-4.3x":
+            live = min(int(read("zero3_live_parameters")), config.num_layers * config.linear_parameters_per_layer)
+        gathered = 2 * live + 2 * config.embedding_parameters
         weights = weights // devices
     else:
         gathered = 0

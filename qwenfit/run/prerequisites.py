@@ -1,6 +1,6 @@
 """The guide's software prerequisites beside what is here, and what today's software needs in their place.
 
-The left column is "Requirements" and "Quantization" of the official README (QwenLM/Qwen README.md@2df8e8a).
+The left column is "Requirements" and "Quantization" of the official README (QwenLM/Qwen README.md@03cd81f).
 """
 
 from __future__ import annotations
