@@ -43,16 +43,18 @@ def batch_loss(
     offload: bool = False,
     head_sink: Tensor | None = None,
     fuse: bool = True,
+    nest: bool = True,
 ) -> Tensor:
     """Cross entropy of the batch's trained tokens, summed, over `divisor`: float32 scalar, differentiable.
 
     keep: one of KEEP. offload: what is kept waits in host memory (CUDA). head_sink: see `linear_cross_entropy`.
     fuse: on a GPU blocks run in the kernels of tune/fused.py, which read weights without calling their modules.
+    nest: fused blocks that run twice do so in backward passes of their own, which hooks of shards do not expect.
     """
     device = device_of(model)
     targets = targets_of(batch).flatten()
     trained = (targets != IGNORE).nonzero().flatten()
-    hidden = hidden_states(model, batch, keep=keep, offload=offload, fuse=fuse)
+    hidden = hidden_states(model, batch, keep=keep, offload=offload, fuse=fuse, nest=nest)
     rows = token_rows(model)
     return linear_cross_entropy(
         hidden.index_select(0, to_device(trained, device)),
@@ -66,7 +68,13 @@ def batch_loss(
 
 
 def hidden_states(
-    model: Transformer, batch: TrainBatch, *, keep: str = "inputs", offload: bool = False, fuse: bool = True
+    model: Transformer,
+    batch: TrainBatch,
+    *,
+    keep: str = "inputs",
+    offload: bool = False,
+    fuse: bool = True,
+    nest: bool = True,
 ) -> Tensor:
     """[B * S, hidden] after the final norm. NTK and LogN are off, as in Qwen-1's own training code."""
     device = device_of(model)
@@ -80,13 +88,14 @@ def hidden_states(
     if (trained := token_rows(model)) is not None:
         x = trained.pull(x, to_device(batch.input_ids.flatten(), device))
     again = keep != "all" and torch.is_grad_enabled()
+    nested = again and keep == "inputs" and nest and fuse and fusible(device)
     # use_reentrant False: the only kind that saved-tensor hooks and frozen inputs work with.
     how: Any = {"use_reentrant": False}
     if keep == "attention":
         how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
     with offload_saved_tensors(device) if offload else nullcontext():
-        for layer, fused in zip(model.layers, _fused_blocks(model, device, fuse), strict=True):
-            if again:
+        for layer, fused in zip(model.layers, _fused_blocks(model, device, fuse, nested), strict=True):
+            if again and not nested:
                 # Fused blocks draw from seeds of their own, so that nothing must be put back for the second time.
                 x = checkpoint(layer, x, angles, context, fused, preserve_rng_state=fused is None, **how)
             else:
@@ -100,13 +109,18 @@ def fusible(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _fused_blocks(model: Transformer, device: torch.device, fuse: bool) -> list[Callable[..., Tensor] | None]:
+def _fused_blocks(
+    model: Transformer, device: torch.device, fuse: bool, nested: bool
+) -> list[Callable[..., Tensor] | None]:
     """For each layer, how it shall be computed; None: as it says itself."""
     if not fuse or not fusible(device):
         return [None] * len(model.layers)
-    from qwenfit.tune.fused import SEEDS, run_block
+    from qwenfit.tune.fused import SEEDS, run_block, run_block_twice
 
     seeds = torch.randint(SEEDS, (len(model.layers),)).tolist()
+    if nested:
+        trained = torch.empty(0, device=device, requires_grad=True)
+        return [functools.partial(run_block_twice, trained=trained, seed=seed) for seed in seeds]
     return [functools.partial(run_block, seed=seed) for seed in seeds]
 
 

@@ -130,6 +130,7 @@ def train_step(
             keep=config.keep,
             offload=config.offload,
             head_sink=None if world.sharded else _head_sink(model, optimizer),
+            nest=not world.sharded,
         )
         loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
         losses.append(loss.detach())

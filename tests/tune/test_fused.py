@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend
 from tune.tiny import losses_of, network, optimizer_of, samples, save_hf, settings, source
 
 pytest.importorskip("triton")
@@ -108,14 +109,39 @@ def test_a_layer_computed_again_draws_the_same_dropout_and_another_one_another(b
     batch = short().batch(0, 0)
     fused()
     value, kept = gradients(model, batch, keep="all")
-    again, grads = gradients(model, batch, keep="inputs")
-    assert again == value
-    assert all(torch.equal(grads[name], kept[name]) for name in kept)
+    for nest in (True, False):
+        again, grads = gradients(model, batch, keep="inputs", nest=nest)
+        assert again == value
+        assert all(torch.equal(grads[name], kept[name]) for name in kept)
     torch.manual_seed(3)
     with torch.no_grad():
         assert float(batch_loss(model, batch, 10.0)) != value
         model.eval()
         assert float(batch_loss(model, batch, 10.0)) == float(batch_loss(model, batch, 10.0))
+
+
+def test_a_block_that_runs_twice_keeps_its_input_alone(base, fused):
+    fused()
+    model = trained(base["qwen2"], "lora")
+    kept: list[torch.Size] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden = forward.hidden_states(model, short().batch(0, 0))
+    assert kept.count(hidden.shape) >= len(model.layers)
+    assert len(kept) < len(model.layers) + 8  # the last norm's
+
+
+def test_long_samples_take_cudnns_attention_on_hopper():
+    from qwenfit.tune.fused import attention_order
+
+    assert attention_order(1024, (9, 0))[0] == SDPBackend.FLASH_ATTENTION
+    assert attention_order(4096, (9, 0))[0] == SDPBackend.CUDNN_ATTENTION
+    assert attention_order(4096, (8, 0))[0] == SDPBackend.FLASH_ATTENTION
+    assert SDPBackend.MATH not in attention_order(64, (8, 0))
 
 
 def test_gradients_of_dropped_inputs_are_those_of_finite_differences(base, fused):
