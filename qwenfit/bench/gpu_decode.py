@@ -25,14 +25,12 @@ import triton
 from torch import nn
 
 from qwenfit.bench.gpu_kernels import random_blocked
+from qwenfit.bench.gpu_prefill import StoredContext, in_float32, reference_logits
 from qwenfit.checkpoint.resolve import resolve_model
 from qwenfit.config import ModelConfig
-from qwenfit.kernels.kv_quant import dequantize_kv
 from qwenfit.kernels.triton import tuning
 from qwenfit.kernels.triton.greedy import advance, greedy
-from qwenfit.kernels.triton.int_matvec import unpack_blocked
 from qwenfit.kernels.triton.launch import device_limits
-from qwenfit.model.attention import FullContext
 from qwenfit.model.decode import DecodeStep
 from qwenfit.model.kv_cache import KVCache, kv_bytes_per_token
 from qwenfit.model.linear import Linear
@@ -199,25 +197,6 @@ def profile(graph: torch.cuda.CUDAGraph) -> dict[str, list[float]]:
     return totals
 
 
-class StoredContext(FullContext):
-    """Attends, in float32, to the keys and values that a step's cache holds of its one sequence."""
-
-    centred = True
-
-    def __init__(self, step: DecodeStep, length: int) -> None:
-        super().__init__(1, None)
-        at = torch.arange(length, device=step.device)
-        self.cache, self.offset = step.cache, at % BLOCK_SIZE
-        self.block = step.block_tables[0][at // BLOCK_SIZE].long()
-
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        cache, where = self.cache.layers[layer], (self.block, self.offset)
-        assert cache.key_affine is not None and cache.value_affine is not None
-        k = dequantize_kv(cache.key[where], cache.key_affine[where], torch.float32)
-        v = dequantize_kv(cache.value[where], cache.value_affine[where], torch.float32)
-        return super().attend(layer, q, k, v)
-
-
 def check(precision: str, kv: str, name: str = "Qwen-7B", length: int = 24) -> dict[str, Any]:
     """Relative error of the step's logits against the plain network in float32, over `length` positions of 2 layers."""
     config = replace(resolve_model(name), num_layers=2)
@@ -232,32 +211,17 @@ def check(precision: str, kv: str, name: str = "Qwen-7B", length: int = 24) -> d
             ids[:, position].contiguous(), step.input_ids, step.positions, step.slots, step.context_lens,
             step.block_tables, BLOCK_SIZE,
         )  # fmt: skip
-    plain = in_float32(model)
+    plain = in_float32(model, config)
     got = torch.cat(rows)
     result = {"model": name, "precision": precision, "kv_cache": kv}
     with torch.inference_mode():
         expected = plain.logits(plain.forward_full(ids))[0]
         result |= compared(got, expected)
         if kv == "int8":
-            alpha = config.ntk_alpha(length)
-            angles = plain.rotary.angles(torch.arange(length, device="cuda"), [length], [alpha], length, torch.float32)
-            same_cache = plain.logits(plain._run(ids.flatten(), angles, StoredContext(step, length)))
+            stored = StoredContext(step.cache, step.block_tables[0], length)
+            same_cache = reference_logits(plain, ids[0].tolist(), stored)
             result |= {f"{key}_of_the_cache": value for key, value in compared(got, same_cache).items()}
     return result
-
-
-def in_float32(model: Transformer) -> Transformer:
-    """The plain network with the same weights, unpacked."""
-    plain = Transformer(model.config, torch.float32, "meta")
-    for name, _parameter in list(plain.named_parameters()):
-        module, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(module)
-        packed = getattr(owner, "packed", None)
-        source = (
-            unpack_blocked(packed).dequantize() if packed is not None and leaf == "weight" else getattr(owner, leaf)
-        )
-        setattr(plain.get_submodule(module), leaf, nn.Parameter(source.float(), requires_grad=False))
-    return plain.eval()
 
 
 def compared(got: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:

@@ -1,0 +1,243 @@
+"""Prompts on a GPU: which attention is the fastest, and how exact their logits are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import accumulate
+
+import torch
+from torch import nn
+
+from qwenfit.bench.gpu_common import (
+    BLOCK_SIZE,
+    DEVICE,
+    GPU,
+    Figures,
+    prompt,
+    random_network,
+    relative_error,
+    synchronize,
+    tiny,
+)
+from qwenfit.bench.gpu_kernels import time_us
+from qwenfit.checkpoint.resolve import resolve_model
+from qwenfit.config import ModelConfig
+from qwenfit.kernels.kv_quant import dequantize_kv
+from qwenfit.kernels.triton import ragged, tuning
+from qwenfit.kernels.triton.prompt_attention import prompt_attention, prompt_attention_reference
+from qwenfit.model.attention import FullContext
+from qwenfit.model.batch import Chunk, make_batch
+from qwenfit.model.kv_cache import KVCache
+from qwenfit.model.transformer import Transformer
+
+Run = Callable[[], torch.Tensor]
+HEADS, LAYERS = 32, 32  # of Qwen-7B
+LENGTHS = (512, 1024, 2048)
+CONFIGS = [
+    {"m": 128, "n": 128, "warps": 8, "stages": 2},
+    {"m": 128, "n": 64, "warps": 8, "stages": 3},
+    {"m": 128, "n": 64, "warps": 4, "stages": 3},
+    {"m": 64, "n": 64, "warps": 4, "stages": 3},
+]
+CASES: list[tuple[str, str, int | None]] = [  # model, KV cache, bits of the layers
+    ("Qwen-7B", "bf16", None),
+    ("Qwen-7B", "int8", None),
+    ("Qwen2.5-7B", "bf16", None),
+    ("Qwen3-8B", "int8", None),
+    ("Qwen-7B", "bf16", 4),
+]
+BOUND = 1e-2  # of the relative error of logits
+
+
+# The attention of a prompt
+
+
+def projected(queries: list[int], contexts: list[int], heads: int = HEADS) -> tuple[torch.Tensor, ...]:
+    """q, k, v as a layer has them: views into projected heads, or keys and values of longer contexts."""
+    qkv = torch.randn(sum(queries), 3 * heads, 128, device=DEVICE, dtype=torch.bfloat16)
+    if queries == contexts:
+        return qkv[:, :heads], qkv[:, heads : 2 * heads], qkv[:, 2 * heads :]
+    keys = torch.randn(2, sum(contexts), heads, 128, device=DEVICE, dtype=torch.bfloat16)
+    return qkv[:, :heads], keys[0], keys[1]
+
+
+def plan_of(queries: list[int], contexts: list[int]) -> ragged.RaggedPlan:
+    starts = [
+        torch.tensor([*accumulate(lens, initial=0)], dtype=torch.int32, device=DEVICE) for lens in (queries, contexts)
+    ]
+    empty = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    slots = None if queries == contexts else empty
+    return ragged.RaggedPlan(0, empty, empty, queries, contexts, starts[0], starts[1], slots)
+
+
+def attention_of(
+    config: dict[str, int], queries: list[int], contexts: list[int], tensors: tuple[torch.Tensor, ...]
+) -> Run:
+    plan = plan_of(queries, contexts)
+    return partial(
+        prompt_attention, *tensors, plan.query_starts, plan.context_starts, max(queries), 128**-0.5, config
+    )  # fmt: skip
+
+
+def compile_attention(config: dict[str, int]) -> None:
+    """Only for the cache on disk."""
+    attention_of(config, [130], [130], projected([130], [130]))()
+    attention_of(config, [7, 130], [7, 200], projected([7, 130], [7, 200], 4))()
+
+
+def milliseconds(run: Run) -> float:
+    """Of a launch, one after the other in a CUDA graph."""
+    return time_us([run] * LAYERS) / 1e3
+
+
+def choose_attention() -> Figures:
+    """Times torch's flash attention, cuDNN's and ours; puts the fastest exact one in force for each length.
+
+    cuDNN plans a length that it has not seen, for a while: it has to save more than that in one prompt.
+    """
+    if not GPU:
+        return {"skipped": "needs a GPU"}
+    made: Figures = {"rows": [], "configs": {}}
+    working: list[dict[str, int]] = []
+    for config in CONFIGS:
+        queries, contexts = [7, 130, 300, 1], [7, 200, 300, 140]
+        tensors = projected(queries, contexts, 4)
+        expected = prompt_attention_reference(*(x.float() for x in tensors), queries, contexts, 128**-0.5)
+        try:
+            error = relative_error(attention_of(config, queries, contexts, tensors)(), expected)
+        except Exception as failure:  # a config may want more shared memory than there is
+            made["rows"].append({"config": config, "failed": repr(failure)[:200]})
+            continue
+        made["rows"].append({"config": config, "error": error})
+        working += [config] if error < BOUND else []
+    for length in LENGTHS:
+        tensors, plan = projected([length], [length]), plan_of([length], [length])
+        flash = milliseconds(partial(ragged.flash, *tensors, plan, 128**-0.5))
+        timed: list[tuple[float, dict[str, int] | None]] = [(flash, None)]
+        timed += [(milliseconds(attention_of(config, [length], [length], tensors)), config) for config in working]
+        row: Figures = {"length": length, "flash": flash, "ours": [ms for ms, _ in timed[1:]]}
+        try:
+            row |= time_cudnn(length)
+            if (min(timed, key=lambda pair: pair[0])[0] - row["cudnn"]) * LAYERS > row["cudnn_plans"]:
+                timed.append((row["cudnn"], {"cudnn": 1}))
+        except Exception as failure:
+            row["cudnn_failed"] = repr(failure)[:200]
+        config_of_best = min(timed, key=lambda pair: pair[0])[1]
+        if config_of_best is not None:
+            made["configs"][tuning.key("prompt_attention", (128, 1, length))] = config_of_best
+        made["rows"].append(row | {"best": config_of_best})
+    tuning.put_in_force(made["configs"])
+    return made
+
+
+def time_cudnn(length: int) -> Figures:
+    """Milliseconds of a launch, its error, and what the first launch at a length not seen before takes."""
+    for unseen in (length - 1, length - 3):
+        tensors, plan = projected([unseen], [unseen]), plan_of([unseen], [unseen])
+        synchronize()
+        began = time.perf_counter()
+        out = ragged.cudnn(*tensors, plan, 128**-0.5)
+        synchronize()
+        first = (time.perf_counter() - began) * 1e3
+    error = relative_error(out, ragged.flash(*tensors, plan, 128**-0.5))
+    tensors, plan = projected([length], [length]), plan_of([length], [length])
+    again = milliseconds(partial(ragged.cudnn, *tensors, plan, 128**-0.5))
+    return {"cudnn": again if error < BOUND else float("inf"), "cudnn_plans": first - again, "cudnn_error": error}
+
+
+# Errors
+
+
+class StoredContext(FullContext):
+    """Attends, in float32, to the keys and values that a quantized cache holds of one sequence."""
+
+    centred = True
+
+    def __init__(self, cache: KVCache, table: torch.Tensor, length: int) -> None:
+        """table: int [blocks], those of the sequence."""
+        super().__init__(1, None)
+        at = torch.arange(length, device=table.device)
+        self.cache, self.offset = cache, at % cache.block_size
+        self.block = table[at // cache.block_size].long()
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        cache, where = self.cache.layers[layer], (self.block, self.offset)
+        assert cache.key_affine is not None and cache.value_affine is not None
+        k = dequantize_kv(cache.key[where], cache.key_affine[where], torch.float32)
+        v = dequantize_kv(cache.value[where], cache.value_affine[where], torch.float32)
+        return super().attend(layer, q, k, v)
+
+
+def reference_logits(plain: Transformer, ids: list[int], stored: StoredContext | None = None) -> torch.Tensor:
+    """Of a whole prompt, [tokens, vocab_size]: by the network as it is, or attending to what a cache holds."""
+    tokens, length = torch.tensor([ids], device=DEVICE), len(ids)
+    if stored is None:
+        return plain.logits(plain.forward_full(tokens))[0]
+    positions, alpha = torch.arange(length, device=DEVICE), plain.config.ntk_alpha(length)
+    angles = plain.rotary.angles(positions, [length], [alpha], length, torch.float32)
+    return plain.logits(plain._run(tokens.flatten(), angles, stored))
+
+
+def in_float32(model: Transformer, config: ModelConfig) -> Transformer:
+    """The plain network with the same weights, unpacked."""
+    from qwenfit.kernels.packed import dequantize
+
+    plain = Transformer(config, torch.float32, "meta")
+    for key in [key for key, _ in plain.named_parameters()]:
+        module, _, leaf = key.rpartition(".")
+        owner = model.get_submodule(module)
+        packed = getattr(owner, "packed", None) if leaf == "weight" else None
+        value = dequantize(packed) if packed is not None else getattr(owner, leaf).float()
+        setattr(plain.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
+    return plain.eval()
+
+
+@torch.inference_mode()
+def check_prefill(name: str, kv: str, bits: int | None, length: int = 64) -> Figures:
+    """Errors of logits of 2 layers in bf16 against float32: a prompt whole, and in two parts beside another sequence.
+
+    The reference attends to what the cache holds, if that is int8. `plain_bf16` is the same of the network as it
+    stands, every operation of it rounded to bf16: what any path in bf16 may be expected to reach.
+    """
+    config = replace(resolve_model(name), num_layers=2) if GPU else tiny(name)
+    model = random_network(config, torch.bfloat16, DEVICE, bits)
+    plain = in_float32(model, config)
+    ids = prompt(length, config, 3)
+    alpha = config.ntk_alpha(length)
+    blocks = -(-length // BLOCK_SIZE)
+    cache = KVCache(config, 3 * blocks, BLOCK_SIZE, kv, DEVICE)
+    tables = torch.randperm(3 * blocks, generator=torch.Generator().manual_seed(0)).view(3, blocks)
+
+    def run(*chunks: Chunk) -> torch.Tensor:
+        batch = make_batch(chunks, BLOCK_SIZE, DEVICE)
+        return model.logits(model.forward(batch, cache)[batch.logits_indices])
+
+    def expected(which: int) -> torch.Tensor:
+        return reference_logits(
+            plain, ids, StoredContext(cache, tables[which].to(DEVICE), length) if kv == "int8" else None
+        )
+
+    half, blocks_of = length // 2, tables.tolist()
+    whole = run(Chunk(ids, 0, blocks_of[0], alpha, "all"))
+    run(Chunk(ids[:half], 0, blocks_of[1], alpha, "none"), Chunk(ids[:-1], 0, blocks_of[2], alpha, "none"))
+    mixed = run(
+        Chunk(ids[-1:], length - 1, blocks_of[2], alpha), Chunk(ids[half:], half, blocks_of[1], alpha, "all")
+    )  # fmt: skip
+    return {
+        "model": name,
+        "kv_cache": kv,
+        "bits": bits,
+        "whole": relative_error(whole, expected(0)),
+        "second_part": relative_error(mixed[1:], expected(1)[half:]),
+        "single_token": relative_error(mixed[0], expected(2)[-1]),
+        "plain_bf16": relative_error(reference_logits(model, ids), reference_logits(plain, ids)),
+    }
+
+
+def check_errors() -> Figures:
+    found = [check_prefill(*case) for case in (CASES if GPU else CASES[:3])]
+    worst = max(max(c["whole"], c["single_token"], c["second_part"]) for c in found)
+    return {"cases": found, "worst": worst, "worst_plain_bf16": max(c["plain_bf16"] for c in found)}
