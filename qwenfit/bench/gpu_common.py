@@ -88,7 +88,7 @@ def used_bytes() -> int:
     return total - free
 
 
-def kernels(run: Callable[[], None]) -> Figures:
+def kernels(run: Callable[[], object]) -> Figures:
     """Launches and microseconds of a run, and of the kernels that take the most: name -> [launches, us]."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile

@@ -213,7 +213,7 @@ def check(precision: str, kv: str, name: str = "Qwen-7B", length: int = 24) -> d
         )  # fmt: skip
     plain = in_float32(model, config)
     got = torch.cat(rows)
-    result = {"model": name, "precision": precision, "kv_cache": kv}
+    result: dict[str, Any] = {"model": name, "precision": precision, "kv_cache": kv}
     with torch.inference_mode():
         expected = plain.logits(plain.forward_full(ids))[0]
         result |= compared(got, expected)
@@ -229,6 +229,14 @@ def compared(got: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
     return {"relative_error": error, "same_greedy": float((got.argmax(-1) == expected.argmax(-1)).float().mean())}
 
 
+def shortened(
+    name: str, precision: str, kv: str, context: int, tokens: int, batch: int
+) -> tuple[str, str, str, int, int, int]:
+    """The run with its 256 tokens in the middle, so that it reads as much of the cache a token."""
+    less = max(0, tokens - 256)
+    return name, precision, kv, context + less // 2, tokens - less, batch
+
+
 def changed(without: str) -> dict[str, tuning.Config]:
     """The configs in force with one of their choices undone."""
     return {name: config | {without: 0} for name, config in tuning.in_force().items()}
@@ -240,6 +248,8 @@ def main() -> None:
     parser.add_argument("--runs", default="", help="indices of RUNS, comma-separated; default: all")
     parser.add_argument("--tuned", type=Path, help="configs to use, a file as in kernels/triton/tuned/")
     parser.add_argument("--no-checks", action="store_true")
+    parser.add_argument("--no-repeats", action="store_true", help="of runs without one of the choices")
+    parser.add_argument("--short", action="store_true", help="decode 256 tokens about the same mean context")
     parser.add_argument("--seconds", type=float, default=115, help="no run is begun after these")
     options = parser.parse_args()
     began = time.perf_counter()
@@ -268,9 +278,9 @@ def main() -> None:
     for arguments in CHECKS[:0] if options.no_checks else CHECKS:
         attempt(checks, check, *arguments)
     for i in chosen:
-        attempt(results, run, *RUNS[i], limits["read"])
+        attempt(results, run, *(shortened(*RUNS[i]) if options.short else RUNS[i]), limits["read"])
     best = tuning.in_force()
-    for i, without in WITHOUT:
+    for i, without in WITHOUT[:0] if options.no_repeats else WITHOUT:
         if i in chosen:
             tuning.put_in_force(changed(without))
             attempt(results, run, *RUNS[i], limits["read"], without=without)

@@ -34,6 +34,7 @@ from qwenfit.model.kv_cache import KVCache
 from qwenfit.model.transformer import Transformer
 
 Run = Callable[[], torch.Tensor]
+Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 HEADS, LAYERS = 32, 32  # of Qwen-7B
 LENGTHS = (512, 1024, 2048)
 CONFIGS = [
@@ -55,7 +56,7 @@ BOUND = 1e-2  # of the relative error of logits
 # The attention of a prompt
 
 
-def projected(queries: list[int], contexts: list[int], heads: int = HEADS) -> tuple[torch.Tensor, ...]:
+def projected(queries: list[int], contexts: list[int], heads: int = HEADS) -> Three:
     """q, k, v as a layer has them: views into projected heads, or keys and values of longer contexts."""
     qkv = torch.randn(sum(queries), 3 * heads, 128, device=DEVICE, dtype=torch.bfloat16)
     if queries == contexts:
@@ -73,9 +74,7 @@ def plan_of(queries: list[int], contexts: list[int]) -> ragged.RaggedPlan:
     return ragged.RaggedPlan(0, empty, empty, queries, contexts, starts[0], starts[1], slots)
 
 
-def attention_of(
-    config: dict[str, int], queries: list[int], contexts: list[int], tensors: tuple[torch.Tensor, ...]
-) -> Run:
+def attention_of(config: dict[str, int], queries: list[int], contexts: list[int], tensors: Three) -> Run:
     plan = plan_of(queries, contexts)
     return partial(
         prompt_attention, *tensors, plan.query_starts, plan.context_starts, max(queries), 128**-0.5, config
@@ -105,7 +104,8 @@ def choose_attention() -> Figures:
     for config in CONFIGS:
         queries, contexts = [7, 130, 300, 1], [7, 200, 300, 140]
         tensors = projected(queries, contexts, 4)
-        expected = prompt_attention_reference(*(x.float() for x in tensors), queries, contexts, 128**-0.5)
+        q, k, v = (x.float() for x in tensors)
+        expected = prompt_attention_reference(q, k, v, queries, contexts, 128**-0.5)
         try:
             error = relative_error(attention_of(config, queries, contexts, tensors)(), expected)
         except Exception as failure:  # a config may want more shared memory than there is

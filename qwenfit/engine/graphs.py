@@ -61,6 +61,6 @@ class DecodeGraphs:
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         with torch.inference_mode(), torch.cuda.graph(graph, pool=self._pool):
-            self._logits[:size].copy_(step.run())
+            step.run(self._logits[:size])
         self._pool = graph.pool()
         self._recorded[size] = step, graph

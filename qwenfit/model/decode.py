@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from qwenfit.kernels.choice import MATVEC_ROWS
 from qwenfit.kernels.triton.decode_attention import NewTokens, arrival_counters, decode_step_attention
 from qwenfit.kernels.triton.int_matvec import BlockedWeight
 from qwenfit.kernels.triton.product import product
@@ -50,8 +51,8 @@ class DecodeStep:
         return inverse_frequencies(config.head_dim, config.rope_theta, alpha, config.yarn).to(self.device)
 
     @torch.inference_mode()
-    def run(self) -> torch.Tensor:
-        """float32 logits [batch, vocab_size]; keys and values of the new tokens enter the cache."""
+    def run(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """float32 logits [batch, vocab_size], in `out` if given; keys and values of the new tokens enter the cache."""
         model = self.model
         angles = (self._cos, self._sin, self._query_scale)
         x = embed_with_angles(
@@ -62,8 +63,9 @@ class DecodeStep:
             assert isinstance(layer, Block)
             x = self._layer(index, layer, x)
         head = model.embed_tokens.weight if model.lm_head is None else weight_of(model.lm_head)
-        logits = product(x, head, norm=model.norm.weight, eps=model.norm.eps, dtype=torch.float32)
-        return logits.float()
+        wide = torch.float32 if len(x) <= MATVEC_ROWS else None  # a tensor core's product is widened as it is copied
+        logits = product(x, head, norm=model.norm.weight, eps=model.norm.eps, dtype=wide)
+        return logits.float() if out is None else out.copy_(logits)
 
     def _layer(self, index: int, layer: Block, x: torch.Tensor) -> torch.Tensor:
         attention, mlp = layer.self_attn, layer.mlp

@@ -31,3 +31,11 @@ def test_prompt_attention(
     starts = [torch.tensor([*accumulate(n, initial=0)], dtype=torch.int32, device=DEVICE) for n in lengths]
     out = prompt_attention(q, k, v, *starts, max(queries), 0.3, config)
     assert error(out, prompt_attention_reference(q, k, v, queries, contexts, 0.3)) < 1e-5
+
+
+def test_sixteen_bits_round_the_weights_of_the_values_too() -> None:
+    q, k, v = (random(40, 2, 16, dtype=torch.float16, seed=i) for i in range(3))
+    starts = torch.tensor([0, 40], dtype=torch.int32, device=DEVICE)
+    out = prompt_attention(q, k, v, starts, starts, 40, 0.3, CONFIGS[0])
+    expected = prompt_attention_reference(q.float(), k.float(), v.float(), [40], [40], 0.3)
+    assert 1e-5 < error(out, expected) < 1e-3
