@@ -1,8 +1,9 @@
-"""Check and time the trainer on this GPU in one go: `python -m qwenfit.bench.gpu_tune --out FOLDER [--seconds 170]`.
+"""Check and time the trainer on this GPU in one go: `python -m qwenfit.bench.gpu_tune --out FOLDER [--seconds 105]`.
 
-First the tests that need a GPU, then the fused kernels against the plain path at real sizes, then cells of the guide's
-finetuning table, each with its plan said before it runs, a profile of one, and last, while time remains, transformers
-and PEFT. A part that fails is reported and the next one runs. The short table comes last.
+First the tests that need a GPU, then cells of the guide's finetuning table, each with its plan said before it runs, a
+profile of one, and last, while time remains, transformers and PEFT. With --kernels also attention by length, and the
+fused kernels against the plain path at real sizes. A part that fails is reported and the next one runs. The short
+table comes last.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -31,27 +33,29 @@ from qwenfit.bench.tune import Trainee, bench_cell, make_trainee, matmul_rate, m
 from qwenfit.bench.tune_table import HEADER, cell_line, cell_settings, rival_line
 from qwenfit.catalog import get_model
 from qwenfit.planning.task import Finetune
-from qwenfit.tune import forward, fused, loss, optimizer
+from qwenfit.tune import forward, loss, optimizer
 from qwenfit.tune.config import TuneConfig
 from qwenfit.tune.planned import plan_tune
 
-TESTS = ("tests/kernels/test_triton_training.py", "tests/tune/test_gpu_tune.py")
+TESTS = ("tests/tune/test_gpu_tune.py",)
+TEST_SECONDS = 34.0
 CELLS = [  # model, method, length, optimizer, timed iterations
-    ("Qwen-7B", "lora", 256, "fp32", 4),
-    ("Qwen-7B", "lora", 512, "fp32", 3),
     ("Qwen-7B", "lora", 1024, "fp32", 3),
+    ("Qwen-7B", "lora", 256, "fp32", 5),
     ("Qwen-7B", "lora", 4096, "fp32", 1),
     ("Qwen-7B", "lora", 8192, "fp32", 1),
-    ("Qwen-7B", "lora", 2048, "fp32", 1),
+    ("Qwen-7B", "lora", 512, "fp32", 2),
+    ("Qwen-7B", "qlora", 1024, "fp32", 3),
     ("Qwen-7B", "qlora", 256, "fp32", 3),
-    ("Qwen-7B", "qlora", 1024, "fp32", 2),
+    ("Qwen-7B", "full", 1024, "bf16", 2),
     ("Qwen-1.8B", "full", 1024, "fp32", 2),
     ("Qwen-1.8B", "lora", 1024, "fp32", 2),
-    ("Qwen-7B", "full", 1024, "bf16", 2),
     ("Qwen-7B", "lora-emb", 1024, "fp32", 2),
     ("Qwen-7B", "qlora", 4096, "fp32", 1),
+    ("Qwen-7B", "lora", 2048, "fp32", 1),
 ]
-PEERS = [("Qwen-7B", "lora", 1024), ("Qwen-7B", "lora", 256)]
+PROFILED = "Qwen-7B lora 256"
+PEERS = [("Qwen-7B", "lora", 1024)]
 
 
 class Session:
@@ -86,22 +90,30 @@ class Session:
 
 
 def run_tests(limit: float) -> str:
-    """The last lines of pytest over TESTS, in a process of its own, ended after `limit` seconds."""
-    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=5", "--tb=short", "--noconftest", *TESTS]
+    """The end of what pytest says of TESTS, in a process of its own, interrupted after `limit` seconds."""
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--durations=6", "--noconftest", *TESTS]
+    paths = {"PYTHONPATH": os.pathsep.join([".", "tests", os.environ.get("PYTHONPATH", "")])}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | paths
+    )
     try:
-        paths = {"PYTHONPATH": os.pathsep.join([".", "tests", os.environ.get("PYTHONPATH", "")])}
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=limit, check=False, env=os.environ | paths
-        )
-        return done.stdout[-3000:] + done.stderr[-500:]
-    except subprocess.TimeoutExpired as expired:
-        out = expired.stdout
-        return f"not done in {limit:.0f} s: {out[-600:].decode() if isinstance(out, bytes) else out}"
+        said, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # it still says what failed until then
+        try:
+            said, _ = process.communicate(timeout=4)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said, _ = process.communicate()
+        said += f"\nnot done in {limit:.0f} s"
+    return said[-3000:]
 
 
-def attention_seconds(length: int) -> dict[str, float]:
+def attention_seconds(rows: int, length: int) -> dict[str, float]:
     """Seconds of attention forward and backward in Qwen-7B's shape for each of torch's, and how far they are apart."""
-    q, k, v = (torch.randn(1, length, 32, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
+    q, k, v = (
+        torch.randn(rows, length, 32, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)
+    )
     up = torch.randn_like(q)
     found: dict[str, float] = {}
     results: list[Tensor] = []
@@ -120,22 +132,6 @@ def attention_seconds(length: int) -> dict[str, float]:
         results += [torch.cat([out.flatten(), *(g.flatten() for g in grads)]).float()]
     found["apart"] = float((results[0] - results[1]).norm() / results[1].norm())
     return found
-
-
-def choose_attention() -> dict[int, dict[str, float]]:
-    """Both attentions at three lengths; the trainer keeps cuDNN's first only where it is faster and agrees."""
-    found = {length: attention_seconds(length) for length in (1024, 4096, 8192)}
-    if (
-        any(not f["apart"] < 0.02 for f in found.values())
-        or found[8192]["CUDNN_ATTENTION"] > found[8192]["FLASH_ATTENTION"]
-    ):
-        flash_first()
-    return found
-
-
-def flash_first() -> None:
-    fused.HOPPER_ATTENTION[:] = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    print("FlashAttention is taken in place of cuDNN's", flush=True)
 
 
 def fused_against_plain(method: str, precision: str, length: int = 320) -> dict[str, Any]:
@@ -197,7 +193,7 @@ def run_cells(session: Session, rate: float, out: Path) -> None:
             print(cell_line(record), flush=True)
 
         session.part(name, one, needs=8)
-        if name == "Qwen-7B lora 256" and trainee is not None and session.left > 60:
+        if name == PROFILED and trainee is not None and session.left > 40:
             work = functools.partial(profile, trainee, settings)
             session.found["profile"] = session.part("profile", work)
         if name in session.found["failed"]:
@@ -229,20 +225,21 @@ def predictions() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=170.0)
+    parser.add_argument("--seconds", type=float, default=105.0)
     parser.add_argument("--no-tests", action="store_true")
+    parser.add_argument("--kernels", action="store_true", help="attention by length, fused kernels against plain ones")
     options = parser.parse_args()
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     options.out.mkdir(parents=True, exist_ok=True)
     session = Session(options.seconds)
     session.part("predictions", predictions)
     if not options.no_tests:
-        session.check("tests", lambda: run_tests(min(55.0, 0.35 * options.seconds)))
-    session.check("attention", choose_attention)
-    if session.found["checks"]["attention"] is None:
-        flash_first()
-    for method, precision in (("lora", "bf16"), ("full", "bf16"), ("qlora", "int4")):
-        session.check(f"fused {method}", functools.partial(fused_against_plain, method, precision))
+        session.check("tests", lambda: run_tests(min(TEST_SECONDS, 0.4 * options.seconds)))
+    if options.kernels:
+        for rows, length in ((4, 1024), (2, 2048), (1, 4096), (1, 8192)):
+            session.check(f"attention {rows} x {length}", functools.partial(attention_seconds, rows, length))
+        for method, precision in (("lora", "bf16"), ("full", "bf16"), ("qlora", "int4")):
+            session.check(f"fused {method}", functools.partial(fused_against_plain, method, precision))
     rate = session.part("matmul rate", lambda: matmul_rate("cuda")) or 780e12
     session.found["matmul_tflops"] = rate / 1e12
     session.part("cells", lambda: run_cells(session, rate, options.out))

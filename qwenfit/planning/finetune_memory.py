@@ -14,6 +14,7 @@ from qwenfit.hardware import Hardware
 from qwenfit.planning.constants import fitted, read
 from qwenfit.planning.finetune_qwenfit import (
     all_layers_bytes,
+    growing_gradients,
     largest_pass,
     layer_bytes,
     loss_bytes,
@@ -107,8 +108,11 @@ def finetune_memory(
     base = _states(config, task, precision, stack, stage, devices)
     own = stack.name == "qwenfit" and hardware.device.kind != "cpu"
     if own:
+        parts = trainable(config, task)
+        growing = growing_gradients(config, task, hardware.device, parts.adapters, parts.whole)
+        growing = min(growing, base.gradients)  # a process's part
         moments = _own_moments(
-            base, config, largest_pass(config, task, hardware.device.kind), precision, stack, devices
+            base, config, largest_pass(config, task, hardware.device), precision, stack, devices, growing
         )
     else:
         moments = (
@@ -181,19 +185,28 @@ def _full_states(config: ModelConfig, task: Finetune, stack: Stack, stage: int, 
 
 
 def _own_moments(
-    base: Memory, config: ModelConfig, task: Finetune, precision: str, stack: Stack, devices: int
+    base: Memory,
+    config: ModelConfig,
+    task: Finetune,
+    precision: str,
+    stack: Stack,
+    devices: int,
+    growing: int,
 ) -> tuple[Memory, ...]:
-    """This project's trainer on a GPU: the loss, a layer's backward pass, the embedding's gradient, the update."""
+    """This project's trainer on a GPU: the loss, a layer's backward pass, the embedding's gradient, the update.
+
+    growing: bytes of gradients that are not there before the backward pass.
+    """
     base = replace(base, weights=base.weights - parked_bytes(config, task, devices))
     parts = trainable(config, task)
     kept = checkpoint_bytes(config, task) if task.checkpointing else all_layers_bytes(config, task)
-    live = layer_bytes(config, task, precision in ("int8", "int4")) if task.checkpointing else 0
+    live = layer_bytes(config, task, precision in ("int8", "int4"), parts.adapters) if task.checkpointing else 0
     tables = 2 * config.embedding_parameters if parts.tables or parts.whole else 0
     head = 0 if task.optimizer == "fp32" else tables  # in float32 the head's gradient is added where it belongs
     loss = loss_bytes(config, task, LOSS_CHUNK_BYTES)
     return (
-        replace(base, logits=loss, activations=kept, gradients=base.gradients + head),
-        replace(base, activations=kept + live),
+        replace(base, logits=loss, activations=kept, gradients=base.gradients + head - growing),
+        replace(base, activations=max(0, kept - growing) + live),
         replace(base, gradients=base.gradients + tables),
         replace(base, workspace=base.workspace + update_bytes(parts.total, task.optimizer)),
     )

@@ -1,7 +1,8 @@
 """What this project's trainer takes on one GPU: memory and seconds, from what its code does, and the constants.
 
-FITTED below are the numbers to fit again from a record of `qwenfit bench tune --table`; all else is counted from
-tune/fused.py: tensors alive at the peak, elements read and written, products. Goals until such a record exists.
+FITTED below are the numbers to fit again from records of `qwenfit bench tune --table`: `python -m
+qwenfit.bench.refit_tune measurements/tune-*.json`. All else is counted from tune/fused.py: tensors alive at the peak,
+elements read and written, products.
 """
 
 from __future__ import annotations
@@ -10,28 +11,40 @@ import math
 from dataclasses import replace
 
 from qwenfit.config import ModelConfig
+from qwenfit.hardware import Device
 from qwenfit.planning.constants import Constant
 from qwenfit.planning.task import Finetune
 
-PASS_ELEMENTS = 1 << 23  # micro-batches run together on a GPU up to so many tokens x hidden size: 2,048 tokens of 7B
+PASS_ELEMENTS = 1 << 24  # micro-batches run together on a GPU up to so many tokens x hidden size: 4,096 tokens of 7B
+SMALL_GPU = 16e9  # bytes: below, half of it; such GPUs are slow enough for their host with less
 GROUP_ELEMENTS = 1 << 24  # parameters that the optimizer updates at once
+
+LONG_ATTENTION = 2048  # tokens of a sample from which Hopper takes cuDNN's attention
+_FIRST_RUN = "one H200, 2026-11-24, torch 2.11"
 
 FITTED: dict[str, Constant] = {
     c.name: c
     for c in (
         Constant(
             "train_product_share",
-            0.85,
+            0.765,
             "of a large product's speed",
             "the products of a training pass, adapters' narrow ones and the head's included",
-            "goal: 0.80 s for 8 x 1024 tokens, LoRA on Qwen-7B, on an H100",
+            f"8 x 4096 in 3.12 s and 8 x 8192 in 6.63 s, LoRA on Qwen-7B: {_FIRST_RUN}",
         ),
         Constant(
             "train_attention_share",
-            0.56,
+            0.65,
             "of a large product's speed",
-            "attention forward and backward",
-            "goal: 6.9 s for 8 x 8192 tokens, LoRA on Qwen-7B, on an H100",
+            "attention forward and backward of long samples, cuDNN's on Hopper",
+            f"3.50 ms for one layer of Qwen-7B at 8192 tokens, 1.14 ms at 4096: {_FIRST_RUN}",
+        ),
+        Constant(
+            "train_short_attention_share",
+            0.32,
+            "of a large product's speed",
+            "attention forward and backward of short samples, FlashAttention 2",
+            f"1.93 ms for one layer of Qwen-7B at 4096 tokens: {_FIRST_RUN}",
         ),
         Constant(
             "train_traffic_share",
@@ -42,10 +55,17 @@ FITTED: dict[str, Constant] = {
         ),
         Constant(
             "train_host",
-            2.0e-3,
+            4.6e-3,
             "s per layer and pass",
             "the host's time to launch one layer's forward, recomputation and backward from Python",
-            "about 160 launches of 10 us, and autograd",
+            f"full, Qwen-1.8B: 5.7 ms, {_FIRST_RUN}; less what one node for a block saves of it on a CPU, a fifth",
+        ),
+        Constant(
+            "train_host_adapters",
+            2.9e-3,
+            "s per layer and pass",
+            "what seven adapters add to it",
+            f"LoRA, Qwen-7B: 9.4 ms in all, {_FIRST_RUN}; less what one node and one cast save of it, a fifth",
         ),
         Constant(
             "train_update_passes",
@@ -56,10 +76,10 @@ FITTED: dict[str, Constant] = {
         ),
         Constant(
             "train_reserve",
-            0.015,
+            0.02,
             "of allocated",
             "blocks that torch's allocator holds beyond the peak",
-            "goal; transformers 5.17 on an H100 holds 0.066",
+            f"0.2 to 4.7 %, 1.1 % and more with LoRA: {_FIRST_RUN}",
         ),
     )
 }
@@ -69,30 +89,43 @@ def share(name: str) -> float:
     return FITTED[name].value
 
 
-def micro_batches_per_pass(tokens: int, hidden_size: int, grad_accum: int, kind: str) -> int:
-    """Micro-batches of `tokens` tokens that run as one on a device of `kind`, of equal numbers where that goes.
+def pass_elements(gpu_bytes: float) -> int:
+    """Tokens x hidden size of a pass on a GPU of so much memory."""
+    return PASS_ELEMENTS if gpu_bytes >= SMALL_GPU else PASS_ELEMENTS // 2
 
-    Gradients are the same, divided by the step's trained tokens; small products become large. A CPU gains nothing.
+
+def gpu_bytes(device: Device) -> float:
+    """Memory of a GPU; 0 for a CPU."""
+    return 0 if device.kind == "cpu" else device.memory_bytes
+
+
+def micro_batches_per_pass(tokens: int, hidden_size: int, grad_accum: int, gpu_bytes: float) -> int:
+    """Micro-batches of `tokens` tokens that run as one on a GPU of `gpu_bytes`, of equal numbers where that goes.
+
+    Gradients are the same, divided by the step's trained tokens; small products become large, and the host launches
+    fewer. A CPU (0) gains nothing.
     """
-    if kind == "cpu":
+    if not gpu_bytes:
         return 1
-    most = min(grad_accum, max(1, PASS_ELEMENTS // (tokens * hidden_size)))
+    most = min(grad_accum, max(1, pass_elements(gpu_bytes) // (tokens * hidden_size)))
     return math.ceil(grad_accum / math.ceil(grad_accum / most))
 
 
-def as_run(config: ModelConfig, task: Finetune, kind: str) -> Finetune:
+def as_run(config: ModelConfig, task: Finetune, device: Device) -> Finetune:
     """The task with the micro-batches of a pass as one."""
-    together = micro_batches_per_pass(task.tokens, config.hidden_size, task.grad_accum, kind)
+    together = micro_batches_per_pass(task.tokens, config.hidden_size, task.grad_accum, gpu_bytes(device))
     passes = math.ceil(task.grad_accum / together)
     return replace(task, micro_batch=together * task.micro_batch, grad_accum=passes)
 
 
-def largest_pass(config: ModelConfig, task: Finetune, kind: str) -> Finetune:
+def largest_pass(config: ModelConfig, task: Finetune, device: Device) -> Finetune:
     """The task with one sample as long as all that a pass may hold: what memory is planned for.
 
     Lengths that do not divide a pass take less; so a longer sample is never planned smaller than a shorter one.
     """
-    most = task.tokens if kind == "cpu" else min(task.tokens * task.grad_accum, PASS_ELEMENTS // config.hidden_size)
+    most = task.tokens
+    if device.kind != "cpu":
+        most = min(task.tokens * task.grad_accum, pass_elements(gpu_bytes(device)) // config.hidden_size)
     return replace(task, micro_batch=1, seq_len=max(task.tokens, most))
 
 
@@ -102,11 +135,12 @@ def parked_bytes(config: ModelConfig, task: Finetune, devices: int) -> int:
     return 2 * config.embedding_parameters if frozen and devices == 1 else 0
 
 
-def layer_bytes(config: ModelConfig, task: Finetune, packed: bool) -> int:
+def layer_bytes(config: ModelConfig, task: Finetune, packed: bool, adapters: int) -> int:
     """The live layer at its peak: the down projection's gradient, or the gate's while its weight is dense again.
 
     Alive then are the inputs of the norms and products, q k v, the gate's input (whose gradient takes its place); of
     gradients, the layer's output's, and that of the product's input, twice with adapters (it goes through dropout).
+    adapters: trained parameters of all layers' adapters.
     """
     h, m = config.hidden_size, config.intermediate_size
     kept = 3 * h + 2 * config.q_size + 2 * config.kv_size + 2 * m
@@ -114,7 +148,18 @@ def layer_bytes(config: ModelConfig, task: Finetune, packed: bool) -> int:
     down = kept + h + (3 if adapter else 2) * m
     gate = kept + (3 if adapter else 2) * h
     dense = 2 if packed or not adapter else 0  # bytes: a copy of the packed weight, or the weight's gradient
-    return max(2 * task.tokens * down + dense * h * m, 2 * task.tokens * gate + dense * 2 * h * m)
+    narrow = 2 * adapters // config.num_layers if task.optimizer != "bf16" else 0  # the layer's adapters in 16 bits
+    return narrow + max(2 * task.tokens * down + dense * h * m, 2 * task.tokens * gate + dense * 2 * h * m)
+
+
+def growing_gradients(config: ModelConfig, task: Finetune, device: Device, adapters: int, whole: int) -> int:
+    """Bytes of gradients that come into being layer by layer in a step of one pass; 0 where they are there before it.
+
+    They take the place of the layers' inputs, which go meanwhile. Float32 gradients of 16-bit weights have buffers.
+    """
+    if as_run(config, task, device).grad_accum > 1:
+        return 0
+    return (2 if task.optimizer == "bf16" else 4) * adapters + (0 if task.optimizer == "fp32" else 2 * whole)
 
 
 def all_layers_bytes(config: ModelConfig, task: Finetune) -> int:

@@ -7,7 +7,7 @@ from qwenfit.hardware import Hardware
 from qwenfit.planning.constants import fitted, read
 from qwenfit.planning.device_speed import MEASURED_READ_SHARE, READ_SHARE, link_bandwidth, matmul_flops
 from qwenfit.planning.finetune_memory import trainable
-from qwenfit.planning.finetune_qwenfit import as_run, share, traffic_bytes
+from qwenfit.planning.finetune_qwenfit import LONG_ATTENTION, as_run, share, traffic_bytes
 from qwenfit.planning.stack import Stack
 from qwenfit.planning.task import Finetune
 from qwenfit.planning.types import BANDWIDTH, COMPUTE, HOST, LINK, Interval, Speed
@@ -39,7 +39,14 @@ def _own_compute(config: ModelConfig, task: Finetune, flops: float) -> float:
     """Seconds of one pass's products and attention, `flops` being what a large product reaches."""
     attention = attention_flops(config, task)
     products = training_flops(config, task) - attention
-    return (products / share("train_product_share") + attention / share("train_attention_share")) / flops
+    kind = "train_attention_share" if task.seq_len >= LONG_ATTENTION else "train_short_attention_share"
+    return (products / share("train_product_share") + attention / share(kind)) / flops
+
+
+def _own_host(config: ModelConfig, task: Finetune) -> float:
+    """Seconds in which the host launches one pass."""
+    adapters = 0.0 if task.method == "full" else share("train_host_adapters")
+    return config.num_layers * (share("train_host") + adapters)
 
 
 def finetune_speed(
@@ -55,12 +62,12 @@ def finetune_speed(
     device = hardware.device
     own = stack.name == "qwenfit" and device.kind != "cpu"
     if own:
-        task = as_run(config, task, device.kind)
+        task = as_run(config, task, device)
     steps = task.grad_accum
     if own:
         compute = _own_compute(config, task, matmul_flops(device, precision))
         traffic = traffic_bytes(config, task) / (device.bandwidth * share("train_traffic_share"))
-        host = config.num_layers * share("train_host") * host_factor
+        host = _own_host(config, task) * host_factor
     else:
         compute = training_flops(config, task) / (matmul_flops(device, precision) * stack.train_share)
         traffic = _elementwise_bytes(config, task, stack) / device.bandwidth
@@ -69,14 +76,14 @@ def finetune_speed(
         host += config.num_layers * fitted("host_zero3_2023") * host_factor
     unpack = _dequantization_seconds(config, hardware, precision, stack)
     link = _link_seconds(config, hardware, task, precision, stack, stage)
-    micro = max(compute + traffic, host) + unpack + link
+    micro = max(compute + traffic + unpack, host) + link if own else max(compute + traffic, host) + unpack + link
     update = _update_seconds(config, hardware, task, stage) * (share("train_update_passes") if own else 1)
     seconds = steps * micro + update
     tokens = steps * task.tokens * hardware.world_size / seconds
     error = stack.speed_error
     terms = {"compute": compute, "memory": traffic + unpack, "host": host, "link": link}
     return Speed(
-        bound=_bound(compute, traffic, unpack, host, link),
+        bound=_bound(compute, traffic, unpack, host, link, own),
         tokens_per_s=tokens,
         interval=Interval(tokens / (1 + error), tokens / (1 - error)),
         seconds_per_iter=seconds,
@@ -85,10 +92,10 @@ def finetune_speed(
     )
 
 
-def _bound(compute: float, traffic: float, unpack: float, host: float, link: float) -> str:
+def _bound(compute: float, traffic: float, unpack: float, host: float, link: float, own: bool) -> str:
     shares = {COMPUTE: compute, BANDWIDTH: traffic + unpack, LINK: link}
-    if host > compute + traffic:
-        shares = {HOST: host, BANDWIDTH: unpack, LINK: link}
+    if host > compute + traffic + (unpack if own else 0):
+        shares = {HOST: host, BANDWIDTH: 0.0 if own else unpack, LINK: link}
     return max(shares, key=lambda name: shares[name])
 
 

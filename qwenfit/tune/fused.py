@@ -22,6 +22,7 @@ from qwenfit.kernels.norm import rms_norm_reference
 from qwenfit.kernels.packed import PackedWeight, dequantize
 from qwenfit.model.attention import Attention, Context, FullContext
 from qwenfit.model.rotary import Angles
+from qwenfit.planning.finetune_qwenfit import LONG_ATTENTION as LONG
 from qwenfit.tune.adapters import LoRALinear
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from qwenfit.model.transformer import Block
 
 SEEDS = 2**31 - 8  # a layer's seed lies below this; its four linear layers take it and the three above
-CUDNN_FROM = 2048  # tokens of a sample: from here cuDNN's attention is faster on Hopper than FlashAttention 2
-# Of torch's attentions in 16 bits. The one that takes whole matrices is left out.
+# Of torch's attentions in 16 bits, without the one that takes whole matrices. On Hopper cuDNN's is faster than
+# FlashAttention 2, but takes longer to launch.
 LONG_ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 SHORT_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
@@ -50,7 +51,7 @@ def run_block_twice(
     is called meanwhile, of which torch's checkpoint has some forty a block. trained: a tensor that requires a gradient,
     though it gets none from here: x does not where the embedding is frozen.
     """
-    out: Tensor = _Twice.apply(x, trained, block, angles, context, seed)
+    out: Tensor = _Twice.apply(x, trained, block, angles, context, seed)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -102,7 +103,8 @@ def _narrow(linears: tuple[nn.Module, ...], dtype: torch.dtype) -> list[list[Ten
         return wide
     with torch.no_grad():
         room = torch.empty(sum(t.numel() for t in source), dtype=dtype, device=source[0].device)
-        narrow = [part.view(t.shape) for part, t in zip(room.split([t.numel() for t in source]), source, strict=True)]
+        parts = torch.split(room, [t.numel() for t in source])
+        narrow = [part.view(t.shape) for part, t in zip(parts, source, strict=True)]
         torch._foreach_copy_(narrow, source)
     left = iter(narrow)
     return [[next(left) for _ in each] for each in wide]
@@ -130,7 +132,7 @@ def _attend(layer: int, context: Context, q: Tensor, k: Tensor, v: Tensor) -> Te
 
 def attention_order(length: int, capability: tuple[int, int]) -> list[SDPBackend]:
     """Torch's attentions for samples of `length` tokens on a GPU of `capability`, the fastest first."""
-    return LONG_ATTENTION if capability >= (9, 0) and length >= CUDNN_FROM else SHORT_ATTENTION
+    return LONG_ATTENTION if capability >= (9, 0) and length >= LONG else SHORT_ATTENTION
 
 
 def _product(module: nn.Module, x: Tensor, seed: int, narrow: list[Tensor]) -> Tensor:

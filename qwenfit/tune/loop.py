@@ -119,7 +119,7 @@ def train_step(
     """One optimizer step; (loss, tokens, gradient norm), and the sources of the samples that spoilt it, if any."""
     tokens = int(world.total(sum(trained_tokens(batch) for batch in batches)))
     tokens_each, hidden = config.micro_batch * config.seq_len, model.config.hidden_size
-    batches = merged(batches, micro_batches_per_pass(tokens_each, hidden, config.grad_accum, world.device.type))
+    batches = merged(batches, micro_batches_per_pass(tokens_each, hidden, config.grad_accum, _gpu_bytes(world.device)))
     losses: list[Tensor] = []
     for number, batch in enumerate(batches, 1):
         loss = world.loss(
@@ -149,6 +149,10 @@ def train_step(
             rows.write(model)
     optimizer.zero()
     return {"loss": loss_sum, "gradient_norm": norm, "tokens": tokens}, bad
+
+
+def _gpu_bytes(device: torch.device) -> float:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def trained_tokens(batch: TrainBatch) -> int:

@@ -75,7 +75,7 @@ def _check_method(model: ModelConfig, method: str, config: TuneConfig) -> None:
 def _as_configured(made: Plan, config: TuneConfig) -> Plan:
     """The plan with what this trainer's own settings change: float32 compute, moments, what is kept, offload."""
     assert isinstance(made.task, Finetune)
-    task, memory = largest_pass(made.model, made.task, made.hardware.device.kind), made.memory
+    task, memory = largest_pass(made.model, made.task, made.hardware.device), made.memory
     if config.precision == "fp32":
         wide = {part: 2 * getattr(memory, part) for part in ("weights", "activations")}
         if task.method == "full":  # the weights are their own master
