@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import gc
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -52,6 +53,7 @@ class Bench:
 
 def gpu_bench() -> Bench:
     """The first CUDA device, its limits measured now. QwenfitError when there is none or it is not known."""
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read at the first allocation
     import torch
 
     if not torch.cuda.is_available():

@@ -31,7 +31,9 @@ def filled(kv_heads: int, head_dim: int, num_blocks: int, quantized: bool) -> La
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(3, 3, 16), (6, 2, 32), (4, 1, 16)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(3, 3, 16), (6, 2, 32), (4, 1, 16), (2, 2, 20), (2, 2, 80)]
+)
 @pytest.mark.parametrize("splits", [1, 4])
 def test_one_query_per_sequence(heads: int, kv_heads: int, head_dim: int, quantized: bool, splits: int) -> None:
     lengths = [1, 37, 0, 16]
@@ -42,7 +44,7 @@ def test_one_query_per_sequence(heads: int, kv_heads: int, head_dim: int, quanti
     out = poisoned(4, heads * head_dim)
     decode_attention(q, cache, tables, context, 0.3, out=out, splits=splits, config=TINY)
     reference = decode_attention_reference(q, cache, tables, context, 0.3)
-    assert error(out, reference) < 1e-5
+    assert error(out, reference) < (1e-4 if quantized else 1e-5)  # a query is rounded to 16 bits for bytes of keys
     assert bool((out[2] == 0).all())  # a padding row
 
 
@@ -94,11 +96,14 @@ def test_embedding_and_angles_of_decoding_tokens() -> None:
 
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("norms", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads", "splits"), [(2, 2, 4), (6, 2, 2), (2, 2, 1)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "splits", "dim", "last"),
+    [(2, 2, 4, 16, 1), (2, 2, 4, 16, 0), (2, 2, 4, 20, 1), (2, 2, 2, 80, 0), (6, 2, 2, 16, 1), (2, 2, 1, 16, 1)],
+)
 def test_the_newest_token_joins_its_sequence(
-    heads: int, kv_heads: int, splits: int, norms: bool, quantized: bool
+    heads: int, kv_heads: int, splits: int, dim: int, last: int, norms: bool, quantized: bool
 ) -> None:
-    lengths, dim = [1, 33, 0, 16], 16
+    lengths, config = [1, 33, 0, 16], TINY | {"last": last}
     ours, theirs = filled(kv_heads, dim, 40, quantized), filled(kv_heads, dim, 40, quantized)
     tables = torch.randperm(40, generator=torch.Generator().manual_seed(0)).view(4, 10).int().to(DEVICE)
     context = torch.tensor(lengths, device=DEVICE)
@@ -109,7 +114,7 @@ def test_the_newest_token_joins_its_sequence(
     head_norms = (random(dim) * 0.1 + 1, random(dim, seed=1) * 0.1 + 1) if norms else None
     out = poisoned(4, heads * dim)
     new = NewTokens(cos, sin, scale, head_norms, 1e-6, slots)
-    decode_step_attention(qkv, new, ours, tables, context, 0.3, out=out, splits=splits, config=TINY)
+    decode_step_attention(qkv, new, ours, tables, context, 0.3, out=out, splits=splits, config=config)
     q = rotary_cache_reference(qkv, cos, sin, scale, head_norms, 1e-6, slots, theirs)
     reference = decode_attention_reference(q, theirs, tables, context, 0.3)
     assert error(out, reference) < (5e-3 if quantized else 1e-5)  # a tie may be rounded the other way

@@ -76,13 +76,14 @@ def test_a_row_times_an_integer_weight(bits: int, out: int, inputs: int, group: 
     assert error(y, int_matvec_reference(x, packed, bias, residual)) < 3e-4
 
 
-@pytest.mark.parametrize("words", [16, 64])
+@pytest.mark.parametrize("early", [0, 1])
+@pytest.mark.parametrize("words", [16, 64])  # a part of x at a time, and all of it though some words are not there
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_program_takes_several_tiles(bits: int, words: int) -> None:
+def test_a_program_takes_several_tiles(bits: int, words: int, early: int) -> None:
     packed = pack_blocked(quantized(bits, 5, 160, 32), torch.float32, DEVICE)
     assert packed is not None
     x, norm = random(1, 160), random(160) + 3
-    config = SMALL | {"words": words, "programs": 2, "rows": 2}
+    config = SMALL | {"words": words, "programs": 2, "rows": 2, "early": early}
     y = int_matvec(x, packed, norm=norm, out=poisoned(1, 5), config=config)
     assert error(y, int_matvec_reference(x, packed, norm=norm)) < 3e-4
 
