@@ -251,7 +251,10 @@ def main() -> None:
 
 def _print(session: Session) -> None:
     print("tests:", str(session.found["checks"].get("tests"))[-200:])
-    for name, (count, milliseconds) in list((session.found.get("profile") or {}).items())[:16]:
+    kernels = session.found.get("profile") or {}
+    busy = [entry for entry in kernels.values() if entry[1] > 0]
+    print(f"{PROFILED}: {sum(e[0] for e in busy):.0f} kernels, {sum(e[1] for e in busy):.1f} ms of the GPU")
+    for name, (count, milliseconds) in list(kernels.items())[:16]:
         print(f"{milliseconds:9.2f} ms {count:6} x {name}")
     for name, why in session.found["failed"].items():
         print(f"failed: {name}: {why[:300]}")

@@ -123,16 +123,20 @@ def _heads(attention: Attention, qkv: Tensor, angles: Angles) -> tuple[Tensor, T
 
 
 def _attend(layer: int, context: Context, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    order = None
     if isinstance(context, FullContext) and q.is_cuda and q.dtype != torch.float32:
         order = attention_order(q.shape[0] // context.batch, torch.cuda.get_device_capability(q.device))
-        with sdpa_kernel(order, set_priority=True):
-            return context.attend(layer, q, k, v)
-    return context.attend(layer, q, k, v)
+    if order is None:
+        return context.attend(layer, q, k, v)
+    with sdpa_kernel(order, set_priority=True):
+        return context.attend(layer, q, k, v)
 
 
-def attention_order(length: int, capability: tuple[int, int]) -> list[SDPBackend]:
-    """Torch's attentions for samples of `length` tokens on a GPU of `capability`, the fastest first."""
-    return LONG_ATTENTION if capability >= (9, 0) and length >= LONG else SHORT_ATTENTION
+def attention_order(length: int, capability: tuple[int, int]) -> list[SDPBackend] | None:
+    """Torch's attentions for samples of `length` tokens, the fastest first; None before Hopper: torch's own order."""
+    if capability < (9, 0):
+        return None
+    return LONG_ATTENTION if length >= LONG else SHORT_ATTENTION
 
 
 def _product(module: nn.Module, x: Tensor, seed: int, narrow: list[Tensor]) -> Tensor:
