@@ -59,7 +59,7 @@ def prompt_attention(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["query_starts_ptr", "context_starts_ptr"])
 def _prompt_attention(
     q_ptr, k_ptr, v_ptr, out_ptr, query_starts_ptr, context_starts_ptr, q_stride, k_stride, v_stride, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
