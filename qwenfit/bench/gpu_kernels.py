@@ -145,8 +145,9 @@ def int_configs(bits: int, inputs: int, out: int, rows: int) -> Iterable[Config]
     for words in widths:
         for tile in (8, 16):
             warps, tiles = words // 128, -(-out // tile)
+            most = 8 if tile == 16 else 16 if words >= needed else 10  # warps of a core, by their registers
             evenness = {}
-            for resident in range(max(1, 6 // warps), 16 // warps + 1):
+            for resident in range(max(1, 5 // warps), most // warps + 1):
                 programs = cores * resident
                 evenness[programs] = tiles / (programs * -(-tiles // programs))
             for programs in sorted(evenness, key=lambda one: (-round(evenness[one], 2), -one))[:3]:
