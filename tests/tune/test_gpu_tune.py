@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
-from tune.tiny import optimizer_of, samples, settings
+from tune.tiny import optimizer_of, samples, save_hf, settings
 
 from qwenfit.checkpoint.load import load_model
 from qwenfit.config import ModelConfig
@@ -39,10 +41,20 @@ STEPS = 8
 
 
 @functools.cache
+def checkpoint() -> Path:
+    sizes = {name: getattr(CONFIG, name) for name in ("hidden_size", "intermediate_size", "vocab_size")}
+    heads = {"num_attention_heads": CONFIG.num_heads, "num_key_value_heads": CONFIG.num_kv_heads}
+    return save_hf(Path(tempfile.mkdtemp(prefix="qwenfit-")), **sizes, **heads)
+
+
+@functools.cache
 def losses(device: str, precision: str, method: str = "lora", packed: bool = False, **changes) -> list[float]:
-    """Two epochs of four steps on random weights, the same for the same seed on every device."""
+    """Two epochs of four steps on the same weights on every device: random ones, or for int4 and int8 a file's."""
     torch.manual_seed(0)
-    model, _ = load_model(CONFIG, precision=precision, device=device, random_weights=True, seed=1)
+    if precision.startswith("int"):  # random codes are drawn in the layout of a device's kernels
+        model, _ = load_model(checkpoint(), precision=precision, device=device)
+    else:
+        model, _ = load_model(CONFIG, precision=precision, device=device, random_weights=True, seed=1)
     if method == "full":
         for parameter in model.parameters():
             parameter.requires_grad_(True)
