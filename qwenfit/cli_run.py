@@ -270,6 +270,7 @@ def bench(kind: str, model: str | None, **given: Any) -> int:
 @click.command()
 @click.argument("model")
 @click.option("--precision")
+@click.option("--head-precision", type=click.Choice(["int8", "int4"]))
 @click.option("--kv-cache")
 @click.option("--device")
 @click.option("--threads", type=int)

@@ -55,7 +55,7 @@ def run_compare(
     if not no_record:
         check_folder(record)
     given |= {"random_weights": not Path(model).exists() if random_weights is None else random_weights}
-    defaults = {"context": None, "force": False, "head_precision": None}
+    defaults = {"context": None, "force": False}
     made = compare(make_options(model=model, **defaults, **given), Sizes(prompt, generate, batch, rounds))
     echo(json.dumps(made.record.to_dict(), indent=2, ensure_ascii=False) if as_json else comparison_table(made))
     if not no_record:

@@ -73,7 +73,7 @@ def prefill_cost(made: Plan) -> Cost:
     assert isinstance(task, Inference)
     alone = Inference(1, 1, head_precision=task.head_precision)
     reads = step_reads(made.model, made.hardware, alone, made.precision, get_stack(made.stack))
-    weights = reads["plain"] + reads["int8"] + reads["int4"]
+    weights = sum(nbytes for kind, nbytes in reads.items() if not kind.startswith("cache"))
     chunks = -(-task.batch * task.prompt // CHUNK)
     return Cost(chunks * weights, task.batch * prefill_flops(made.model, task.prompt))
 

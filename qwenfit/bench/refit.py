@@ -17,8 +17,8 @@ from typing import Any
 from qwenfit.catalog import get_model
 from qwenfit.hardware import Hardware, find_device
 from qwenfit.planning.device_speed import read_bandwidth
-from qwenfit.planning.inference_speed import READ_KINDS, step_reads
-from qwenfit.planning.stack import get_stack
+from qwenfit.planning.inference_speed import step_reads
+from qwenfit.planning.stack import READ_KINDS, get_stack
 from qwenfit.planning.task import Inference
 
 UNKNOWNS = (*READ_KINDS, "layer_gap", "step_host")

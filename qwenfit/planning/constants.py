@@ -238,36 +238,39 @@ GOALS: dict[str, Constant] = {
 
 # What this project's own engine was measured to do on a GPU: refitted by `python -m qwenfit.bench.refit` whenever a
 # record in measurements/ is newer than the kernels.
-_DECODE = "measurements/gpu-decode-h200-2.json, 12 runs, by bench/refit.py"
+_DECODE = "measurements/guide-h200-*.json and gpu-decode-h200-4.json, 39 runs, by bench/refit.py"
 _CPU = "qwenfit bench decode and prefill of 0.5B, 1.8B and 3B in int4, int8 and bf16 on two Zen 3 cores, 29 runs"
 MEASURED: dict[str, Constant] = {
     c.name: c
     for c in (
-        Constant("qwenfit_read_plain", 1.0, "of a plain read", "16-bit weights in a decode step", _DECODE),
-        Constant("qwenfit_read_int8", 1.0, "of a plain read", "int8 weights in a decode step", _DECODE),
-        Constant("qwenfit_read_int4", 0.727, "of a plain read", "int4 weights in a decode step", _DECODE),
-        Constant("qwenfit_read_cache", 0.863, "of a plain read", "a 16-bit KV cache in a decode step", _DECODE),
-        Constant("qwenfit_read_cache_int8", 0.543, "of a plain read", "an int8 KV cache in a decode step", _DECODE),
+        Constant("qwenfit_read_plain", 0.965, "of a plain read", "16-bit weights in a decode step", _DECODE),
+        Constant(
+            "qwenfit_read_plain_rows", 0.763, "of a plain read", "16-bit weights for several requests at once", _DECODE
+        ),
+        Constant("qwenfit_read_int8", 0.828, "of a plain read", "int8 weights in a decode step", _DECODE),
+        Constant("qwenfit_read_int4", 0.751, "of a plain read", "int4 weights in a decode step", _DECODE),
+        Constant("qwenfit_read_cache", 0.83, "of a plain read", "a 16-bit KV cache in a decode step", _DECODE),
+        Constant("qwenfit_read_cache_int8", 0.666, "of a plain read", "an int8 KV cache in a decode step", _DECODE),
         Constant(
             "qwenfit_layer_gap",
-            17.2e-6,
+            8.8e-6,
             "s per layer and step",
             "what the six kernels of a layer take beyond their bytes, in a CUDA graph",
             _DECODE,
         ),
         Constant(
             "qwenfit_step_host",
-            0.1e-3,
+            0.098e-3,
             "s per step",
             "scheduling, copying the step's numbers, sampling: what the engine adds to the graph",
-            "measurements/gpu-engine-h200.json: 250.6 tokens/s against 257.0 of the graph alone",
+            _DECODE,
         ),
         Constant(
             "qwenfit_prefill_share",
-            0.58,
+            0.855,
             "of the matrix product's speed",
             "a whole prompt against the bare products: norms, attention, small layers",
-            "measurements/gpu-engine-h200.json: 60.8 ms for 2048 tokens of Qwen-7B bf16",
+            "measurements/gpu-engine-h200-3.json: 41.2 ms for 2048 tokens of Qwen-7B bf16",
         ),
         Constant(
             "qwenfit_cpu_read_int4",
@@ -292,10 +295,10 @@ MEASURED: dict[str, Constant] = {
         ),
         Constant(
             "qwenfit_prefill_host",
-            0.53e-3,
+            0.42e-3,
             "s per layer and prompt",
             "time the host needs to launch one layer's kernels of a prompt, which no CUDA graph holds",
-            "measurements/gpu-engine-h200.json: 17.0 ms for 512 tokens of Qwen-7B bf16",
+            "measurements/gpu-engine-h200-3.json: 13.4 ms for 512 tokens of Qwen-7B bf16",
         ),
     )
 }

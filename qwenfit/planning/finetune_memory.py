@@ -204,6 +204,8 @@ def _own_moments(
     tables = 2 * config.embedding_parameters if parts.tables or parts.whole else 0
     head = 0 if task.optimizer == "fp32" else tables  # in float32 the head's gradient is added where it belongs
     loss = loss_bytes(config, task, LOSS_CHUNK_BYTES)
+    if task.fused_loss is False:  # as if the logits were whole: in float32, with their copies
+        loss = 12 * task.tokens * config.vocab_size
     return (
         replace(base, logits=loss, activations=kept, gradients=base.gradients + head - growing),
         replace(base, activations=max(0, kept - growing) + live),

@@ -9,12 +9,10 @@ from qwenfit.hardware import Hardware
 from qwenfit.planning.constants import measured, read
 from qwenfit.planning.device_speed import link_bandwidth, matmul_flops, read_bandwidth, unpack_time
 from qwenfit.planning.inference_memory import kv_bytes_per_token
-from qwenfit.planning.stack import Stack
+from qwenfit.planning.stack import READ_KINDS, Stack
 from qwenfit.planning.task import Inference
 from qwenfit.planning.types import BANDWIDTH, COMPUTE, HOST, LINK, Interval, Speed
 from qwenfit.planning.weights import quantized_parameters, weight_bytes, with_head
-
-READ_KINDS = ("plain", "int8", "int4", "cache", "cache_int8")  # weights by precision ("plain": 16 bits), KV cache
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,9 @@ def step_reads(
     layers = weights.layer * weights.num_layers
     kv = task.batch * (task.prompt + task.generate / 2) * kv_bytes_per_token(config, task.kv_cache, stack)
     reads = dict.fromkeys(READ_KINDS, 0.0)
-    reads[precision if precision in reads else "plain"] += layers
-    reads[task.head_precision or "plain"] += weights.read_per_token - layers
+    plain = "plain" if task.batch == 1 else "plain_rows"
+    reads[precision if precision in reads else plain] += layers
+    reads[task.head_precision or plain] += weights.read_per_token - layers
     reads["cache_int8" if task.kv_cache == "int8" else "cache"] += kv
     return reads
 

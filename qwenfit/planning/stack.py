@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from qwenfit.errors import UsageError, nearest
 from qwenfit.planning.constants import fitted, goal, measured, read
 
+# What a decode step reads: weights by precision ("plain": 16 bits for one request, "plain_rows" for several), KV cache.
+READ_KINDS = ("plain", "plain_rows", "int8", "int4", "cache", "cache_int8")
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -58,7 +61,7 @@ STACKS: dict[str, Stack] = {
             memory_error=0.02,
             speed_error=0.10,
             tensor_parallel=False,
-            read_shares={k: measured(f"qwenfit_read_{k}") for k in ("plain", "int8", "int4", "cache", "cache_int8")},
+            read_shares={k: measured(f"qwenfit_read_{k}") for k in READ_KINDS},
             step_host=measured("qwenfit_step_host"),
             prefill_host=measured("qwenfit_prefill_host"),
         ),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pytest
@@ -77,12 +76,12 @@ def test_the_plan_holds_our_trainer_to_its_goals(seq_len: int, seconds: float, g
     assert made.memory.allocated / 1e9 <= gigabytes
 
 
-GPU_DECODE = json.loads((Path(__file__).parents[2] / "measurements/gpu-decode-h200-2.json").read_text())
+GPU_DECODE = json.loads((Path(__file__).parents[2] / "measurements/gpu-decode-h200-4.json").read_text())
 
 
 @pytest.mark.parametrize("run", GPU_DECODE["runs"], ids=lambda run: f"{run['model']} {run['precision']}")
 def test_our_engine_decodes_on_an_h200_as_planned(run: dict[str, Any]) -> None:
-    """The constants were fitted to these runs, which replay the graph alone: 10 % but for 14B int4, tuned later."""
+    """The constants were fitted to these runs (the graph alone) and to the engine's: 10 % but for 14B int4."""
     context, tokens, batch = run["context"], run["tokens"], run["batch"]
     options = {"prompt": max(context, 1), "generate": tokens, "batch": batch, "kv_cache": run["kv_cache"]}
     made = plan(run["model"], gpu="H200", advise=False, precision=run["precision"], **options)  # type: ignore[arg-type]
@@ -91,11 +90,22 @@ def test_our_engine_decodes_on_an_h200_as_planned(run: dict[str, Any]) -> None:
     assert graph == pytest.approx(run["ms_per_step"] / 1e3, rel=slack)
 
 
+GUIDE_RUN = next((Path(__file__).parents[2] / "measurements").glob("guide-h200-*.json"))
+GUIDE_ROWS = [row for row in json.loads(GUIDE_RUN.read_text())["rows"] if row["measured"] is not None]
+
+
+@pytest.mark.parametrize("row", GUIDE_ROWS)
+def test_our_engine_runs_the_guides_rows_as_planned(row: dict[str, Any]) -> None:
+    options = {"generate": row["measured"]["generated"], "batch": row["batch"], "kv_cache": row["kv_cache"]}
+    made = plan(row["model"], gpu="H200", advise=False, precision=row["precision"], prompt=1, **options)  # type: ignore[arg-type]
+    assert made.speed.tokens_per_s == pytest.approx(row["measured"]["tokens_per_s"], rel=0.10)
+
+
 def test_our_engine_takes_as_long_to_the_first_token_as_planned() -> None:
-    record = json.loads((Path(__file__).parents[2] / "measurements/gpu-engine-h200.json").read_text())
-    for prompt, milliseconds in record["time_to_first_token_ms"].items():
+    record = json.loads((Path(__file__).parents[2] / "measurements/gpu-engine-h200-3.json").read_text())
+    for prompt in ("512", "2048"):
         made = plan("Qwen-7B", gpu="H200", advise=False, precision="bf16", prompt=int(prompt), generate=1)
-        assert made.speed.time_to_first_token == pytest.approx(median(milliseconds) / 1e3, rel=0.10)
+        assert made.speed.time_to_first_token == pytest.approx(record["first_token"][prompt]["ms"] / 1e3, rel=0.10)
 
 
 @pytest.mark.parametrize("run", GPU_DECODE["runs"], ids=lambda run: f"{run['model']} {run['precision']}")
