@@ -74,7 +74,7 @@ def read_cpuinfo(root: Path = Path("/"), affinity: Collection[int] | None = None
     """The first processor's model and flags, and the physical cores among the allowed processors."""
     processors = _processors(root)
     first = processors[0] if processors else {}
-    allowed = set(_affinity() if affinity is None else affinity)
+    allowed = set(allowed_processors() if affinity is None else affinity)
     cores = set()
     for number, fields in enumerate(processors):
         index = int(fields.get("processor", number))
@@ -91,7 +91,7 @@ def read_cpuinfo(root: Path = Path("/"), affinity: Collection[int] | None = None
     )
 
 
-def _affinity() -> Collection[int]:
+def allowed_processors() -> Collection[int]:
     """The processors of all threads of this process: OpenMP pins each of its own, the main one too, to one."""
     if not hasattr(os, "sched_getaffinity"):
         return range(os.cpu_count() or 1)

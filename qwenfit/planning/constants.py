@@ -239,7 +239,7 @@ GOALS: dict[str, Constant] = {
 # What this project's own engine was measured to do on a GPU: refitted by `python -m qwenfit.bench.refit` whenever a
 # record in measurements/ is newer than the kernels.
 _DECODE = "measurements/guide-h200-*.json and gpu-decode-h200-4.json, 39 runs, by bench/refit.py"
-_CPU = "qwenfit bench decode and prefill of 0.5B, 1.8B and 3B in int4, int8 and bf16 on two Zen 3 cores, 29 runs"
+_CPU = "measurements/decode-amd-epyc-*.json and compare-amd-epyc-*.json: 0.5B to 7B on two Zen 3 cores"
 MEASURED: dict[str, Constant] = {
     c.name: c
     for c in (
@@ -273,15 +273,15 @@ MEASURED: dict[str, Constant] = {
             "measurements/gpu-engine-h200-3.json: 41.2 ms for 2048 tokens of Qwen-7B bf16",
         ),
         Constant(
-            "qwenfit_cpu_read_int4",
+            "qwenfit_cpu_read",
             0.85,
             "of a plain read",
-            "int4 weights in a decode step on a CPU; int8 and 16 bits are read as fast as anything",
+            "weights and cache in a decode step on a CPU, in any precision",
             _CPU,
         ),
         Constant(
             "qwenfit_cpu_layer_gap",
-            0.18e-3,
+            0.5e-3,
             "s per layer and step",
             "what a layer takes on a CPU beyond its bytes: attention, norms, and the calls between kernels",
             _CPU,

@@ -77,7 +77,7 @@ def decode_step(
     quantized = quantized_parameters(config) if precision in ("int8", "int4") else 0
     bandwidth = read_bandwidth(device, stack)
     on_cpu = device.kind == "cpu"
-    shares = {"int4": measured("qwenfit_cpu_read_int4")} if on_cpu else stack.read_shares
+    shares = dict.fromkeys(READ_KINDS, measured("qwenfit_cpu_read")) if on_cpu else stack.read_shares
     memory = sum(nbytes / shares.get(kind, 1.0) for kind, nbytes in reads.items()) / bandwidth / shards
     memory += quantized * unpack_time(device, stack) / shards
     if on_cpu:

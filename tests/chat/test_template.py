@@ -150,7 +150,10 @@ def test_literals_keep_their_tokens_through_the_templates_string_work(small: Tok
         ("{{ 'a' * 10**10 }}", "1024 MiB"),
         ("{{ 'a' | center(10**10) }}", "1024 MiB"),
         ("{{ [0] * 10**9 }}", "1024 MiB"),
-        ("{% set n = namespace(x='a') %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}", "1024 MiB"),
+        (
+            "{% set n = namespace(x='a') %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}",
+            "MiB|2 seconds",
+        ),
         ("{{ 'a' * 10**8 }}", "more than 16,777,216 characters"),
         ("{% for i in range(99999) %}{{ 'a' * 10**4 }}{% endfor %}", "more than 16,777,216 characters"),
     ],
