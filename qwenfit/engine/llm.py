@@ -68,9 +68,14 @@ class LLM:
         and int4 ones; `random_weights` (from `seed`): measure a model without downloading it, token ids only.
         The KV cache has the type of the activations unless `kv_cache` names another.
         """
-        from qwenfit.checkpoint.load import load_model
+        from qwenfit.checkpoint.load import load_model, with_files
+        from qwenfit.checkpoint.resolve import resolve_model
         from qwenfit.checkpoint.tokenizer import load_tokenizer
 
+        tokenizer = None
+        if not random_weights:  # what is wrong with the vocabulary is told before gigabytes are read
+            model = with_files(resolve_model(model), str(model))
+            tokenizer = load_tokenizer(model.source, model)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         # Pieces of any size out of one range of addresses: what loading leaves behind is of use again, or given back.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -87,7 +92,6 @@ class LLM:
             from qwenfit.tune.peft_format import load_adapter
 
             load_adapter(network, config, adapter)
-        tokenizer = None if random_weights else load_tokenizer(config.source, config)
         sizes.setdefault("kv_cache", KV_NAMES[network.dtype])
         self._set_up(network, config, tokenizer, device, **sizes)
 

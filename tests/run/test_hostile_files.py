@@ -66,6 +66,21 @@ def test_a_tokenizer_json_that_lies(folder: Path, change: Callable[[dict[str, An
         read_tokenizer(folder)
 
 
+def test_a_vocabulary_is_refused_before_weights_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import qwenfit.checkpoint.load
+    from qwenfit.engine.llm import LLM
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(qwenfit.checkpoint.load, "load_model", never)
+    with pytest.raises(AssertionError, match="weights were read"):
+        LLM(str(folder), device="cpu")
+    rewrite(folder / "tokenizer.json", lambda t: t.update(model=[]))
+    with pytest.raises(BadFile, match="BPE"):
+        LLM(str(folder), device="cpu")
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
