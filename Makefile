@@ -10,9 +10,11 @@ demo: $(VENV)/.run
 	$(BIN)/qwenfit plan
 	$(BIN)/qwenfit bench demo --record measurements/local
 
-# A file's tests stay in one process; as many processes as cores, at most 4 for the memory's sake.
+# A file's tests stay in one process; as many processes as cores, at most 4 for the memory's sake. Those that take the
+# time of something come after the others, by themselves (5: none is among the TESTS asked for).
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not timing" $(TESTS)
+	$(BIN)/python -m pytest -m timing $(TESTS) || [ $$? -eq 5 ]
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -236,6 +236,7 @@ def test_one_table_is_printed_alone_and_an_unknown_one_is_refused() -> None:
     assert "finetune" in str(caught.value.hint)
 
 
+@pytest.mark.timing
 def test_the_guide_is_judged_within_a_second_and_without_torch() -> None:
     def seconds() -> float:
         start = time.perf_counter()

@@ -414,6 +414,7 @@ def test_apple_silicon_from_sysctl() -> None:
         apple_host({**values, "machdep.cpu.brand_string": "Intel(R) Core(TM) i7"}.__getitem__, available=GIB)
 
 
+@pytest.mark.timing
 def test_this_machine_is_detected_quickly() -> None:
     detect_hardware()  # reads the catalog once
     start = time.perf_counter()

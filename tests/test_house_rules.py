@@ -111,6 +111,7 @@ def test_the_scan_sees_what_it_forbids(line: str) -> None:
     assert offences(ast.parse(line))
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("task", [Inference(), Finetune("lora"), Finetune("qlora")], ids=["inference", "lora", "qlora"])
 def test_a_plan_is_less_than_a_millisecond_of_arithmetic(task: Inference | Finetune) -> None:
     hardware, stack = Hardware(find_device("A100-SXM4-80GB"), 2), get_stack("qwenfit")
@@ -126,6 +127,7 @@ def test_a_plan_is_less_than_a_millisecond_of_arithmetic(task: Inference | Finet
     assert min(seconds() for _ in range(10)) < 1e-3
 
 
+@pytest.mark.timing
 def test_a_plan_prints_within_0_4_s_of_a_cold_start(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     environment["PYTHONPYCACHEPREFIX"] = str(tmp_path)  # compiled once, as in an installed package

@@ -39,7 +39,7 @@ from qwenfit.bench.gpu_common import (
     tiny,
     used_bytes,
 )
-from qwenfit.bench.gpu_mix import mix
+from qwenfit.bench.gpu_mix import anatomy, mix
 from qwenfit.bench.gpu_prefill import (
     BOUND,
     CASES,
@@ -55,7 +55,7 @@ from qwenfit.model.batch import Chunk, make_batch
 
 NEEDS = {  # seconds of each part on one H200, in the order in which they are run
     "attention": 0, "errors": 8, "text": 20, "first_token": 9, "decode": 12, "mix_int8": 30, "mix_bf16": 40,
-    "mix_int4": 30,
+    "mix_int4": 30, "steps_int8": 15, "steps_bf16": 15, "steps_int4": 15,
 }  # fmt: skip
 USUAL = "attention,errors,first_token,mix_int8,mix_bf16,mix_int4"
 PAUSE = 0.15  # seconds between prompts, as a card that is never idle runs at a lower clock
@@ -210,10 +210,13 @@ def main() -> None:
         "mix_int8": lambda: mix("int8"),
         "mix_bf16": lambda: mix("bf16"),
         "mix_int4": lambda: mix("bf16", 4),
+        "steps_int8": lambda: anatomy("int8"),
+        "steps_bf16": lambda: anatomy("bf16"),
+        "steps_int4": lambda: anatomy("int8", 4),
     }
     for name, run in parts.items():
         if name in wanted:
-            if name.startswith("mix"):
+            if name.startswith(("mix", "steps")):
                 one.clear()
                 clean()
             record.part(name, run, NEEDS[name])
@@ -323,6 +326,13 @@ def summary(name: str, part: Figures) -> str:
             f"{part['decode_steps']} + {part['mixed_steps']} steps, {part['preemptions']} preemptions, "
             f"ready after {part['ready_after_s']:.1f} s, GB: allocated {part['allocated'] / 1e9:.2f} "
             f"reserved {part['reserved'] / 1e9:.2f}"
+        )
+    if name.startswith("steps"):
+        mixed = part["mixed_step"]
+        return (
+            f"step {part['step_ms']:.2f} ms, host waits {part['waited_ms']:.2f}, bare graph "
+            f"{part.get('bare_graph_ms', 0):.2f} ms, kernels {part.get('graph', {}).get('gpu_us', 0) / 1e3:.2f} ms; "
+            f"a step with prompts {mixed.get('gpu_us', 0) / 1e3:.1f} ms; of the host {part['host_ms']}"
         )
     return ""
 

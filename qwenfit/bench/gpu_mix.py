@@ -1,9 +1,13 @@
-"""256 requests of mixed lengths through the engine."""
+"""256 requests of mixed lengths through the engine, and where the time of its steps goes."""
 
 from __future__ import annotations
 
+import cProfile
+import itertools
+import pstats
 import random
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +19,7 @@ from qwenfit.bench.gpu_common import (
     Figures,
     clean,
     greedy,
+    kernels,
     measured_config,
     prompt,
     random_network,
@@ -27,28 +32,25 @@ from qwenfit.model.kv_cache import kv_bytes_per_token
 MIX_TOKENS = {"bf16": 112_944, "int8": 225_888}  # of cache: equal bytes but for the scales of int8
 
 
+COUNT, LOW, HIGH = (256, 100, 1024) if GPU else (6, 4, 20)  # requests, and the bounds of their lengths
+
+
 def mix(kv: str, bits: int | None = None, tokens: int | None = None) -> Figures:
     """256 requests of 100 to 1,024 tokens in and out, uniformly random, all there at the start."""
-    clean()
-    config = measured_config()
-    count, low, high = (256, 100, 1024) if GPU else (6, 4, 20)
-    cached = (tokens or MIX_TOKENS[kv]) if GPU else 160
     began = time.perf_counter()
-    model = random_network(config, torch.bfloat16, DEVICE, bits)
-    llm = LLM.from_parts(
-        model, config, None, device=DEVICE, kv_cache=kv, block_size=BLOCK_SIZE, num_blocks=cached // BLOCK_SIZE,
-        max_num_seqs=count, max_model_len=2 * high, prefix_cache=False, max_batched_tokens=2048,
-    )  # fmt: skip
-    llm.generate([prompt(low, config, 1)] * 2, greedy(4))
-    synchronize()
+    cached = (tokens or MIX_TOKENS[kv]) if GPU else 160
+    llm = _engine(kv, bits, cached)
+    config = llm.config
     ready = time.perf_counter() - began
     lengths = random.Random(0)
-    sizes = [(lengths.randint(low, high), lengths.randint(low, high)) for _ in range(count)]
+    sizes = [(lengths.randint(LOW, HIGH), lengths.randint(LOW, HIGH)) for _ in range(COUNT)]
     prompts = [prompt(n, config, i) for i, (n, _) in enumerate(sizes)]
-    waited, steps = watch(llm)
+    waited, steps, times = watch(llm)
     began = time.perf_counter()
     outputs = llm.generate(prompts, [greedy(n) for _, n in sizes])
     seconds = time.perf_counter() - began
+    times.append(began + seconds)
+    lasted = [after - before for before, after in itertools.pairwise(times)]
     made = sum(len(output.token_ids) for output in outputs)
     return {
         "kv_cache": kv,
@@ -63,24 +65,97 @@ def mix(kv: str, bits: int | None = None, tokens: int | None = None) -> Figures:
         "waited_s": sum(waited),
         "decode_steps": steps.count(True),
         "mixed_steps": steps.count(False),
+        "decode_s": sum(t for t, decodes in zip(lasted, steps, strict=True) if decodes),
+        "slowest_steps_ms": [round(1e3 * seconds, 1) for seconds in sorted(lasted, reverse=True)[:10]],
+        "mixed_s": sum(t for t, decodes in zip(lasted, steps, strict=True) if not decodes),
         "preemptions": llm.engine.scheduler.num_preemptions,
         "allocated": torch.cuda.max_memory_allocated() if GPU else 0,
         "reserved": torch.cuda.max_memory_reserved() if GPU else 0,
     }
 
 
-def watch(llm: LLM) -> tuple[list[float], list[bool]]:
-    """Seconds that the host waits for each step, and whether the step only decodes; both fill as the engine runs.
+def anatomy(kv: str, bits: int | None = None) -> Figures:
+    """Steps of 256 requests of some 600 tokens: the host's part, the device's by kernel, and the bare graph.
 
-    A host that never waits is what binds.
+    A step that takes longer than both the bare graph and the host's part is one in which the two take turns.
+    """
+    count, context, some = (COUNT, 600, 20) if GPU else (4, 16, 2)
+    llm = _engine(kv, bits, count * (context + 96))
+    engine, config = llm.engine, llm.config
+    for i in range(count):
+        engine.add(prompt(context, config, i), greedy(context))
+    mixed: Figures = {}
+    while not all(request.num_generated for request in engine.scheduler.running) or engine.scheduler.waiting:
+        if GPU and not mixed and len(engine.scheduler.running) > count // 2:
+            mixed = kernels(engine.step)
+            continue
+        engine.step()
+    waited, _, _ = watch(llm)
+    synchronize()
+    lasted = _seconds(lambda: [engine.step() for _ in range(some)])
+    hosts = pstats.Stats(_profiled(lambda: [engine.step() for _ in range(some)])).stats  # type: ignore[attr-defined]
+    busiest = sorted(hosts.items(), key=lambda item: -item[1][2])[:24]
+    made: Figures = {
+        "requests": count,
+        "step_ms": 1e3 * lasted / some,
+        "waited_ms": 1e3 * sum(waited[:some]) / some,
+        "host_ms": {f"{at[0][-30:]}:{at[2]}": round(1e3 * use[2] / some, 3) for at, use in busiest},
+        "mixed_step": mixed,
+    }
+    graphs = engine.runner._graphs
+    if graphs is not None:
+        step, graph = graphs._recorded[next(size for size in graphs.sizes if size >= count)]
+        synchronize()
+        made["bare_graph_ms"] = 1e3 * _seconds(lambda: [graph.replay() for _ in range(some)]) / some
+        made["graph"] = kernels(graph.replay)
+        made["context"] = int(step.context_lens.sum()) / count
+        made["step"] = kernels(engine.step)
+    return made
+
+
+def _profiled(run: Callable[[], object]) -> cProfile.Profile:
+    profile = cProfile.Profile()
+    profile.enable()
+    run()
+    profile.disable()
+    return profile
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - began
+
+
+def _engine(kv: str, bits: int | None, cached: int) -> LLM:
+    """Qwen-7B of random weights with a cache of so many tokens, warmed up."""
+    clean()
+    config = measured_config()
+    model = random_network(config, torch.bfloat16, DEVICE, bits)
+    llm = LLM.from_parts(
+        model, config, None, device=DEVICE, kv_cache=kv, block_size=BLOCK_SIZE, num_blocks=cached // BLOCK_SIZE,
+        max_num_seqs=COUNT, max_model_len=2 * HIGH, prefix_cache=False, max_batched_tokens=2048,
+    )  # fmt: skip
+    llm.generate([prompt(LOW, config, 1)] * 2, greedy(4))
+    synchronize()
+    return llm
+
+
+def watch(llm: LLM) -> tuple[list[float], list[bool], list[float]]:
+    """Seconds that the host waits for each step, whether a step only decodes, and when it begins.
+
+    All fill as the engine runs. A host that never waits is what binds.
     """
     waited: list[float] = []
     steps: list[bool] = []
+    times: list[float] = []
     runner, sampler = llm.engine.runner, llm.engine.sampler
     run, choose = runner.run, sampler.choose
 
     def counted(requests: Any) -> Any:
         steps.append(all(request.scheduled == 1 for request in requests))
+        times.append(time.perf_counter())
         return run(requests)
 
     def timed(logits: Any, requests: Any) -> Chosen:
@@ -97,4 +172,4 @@ def watch(llm: LLM) -> tuple[list[float], list[bool]]:
         return chosen
 
     runner.run, sampler.choose = counted, timed  # type: ignore[method-assign]
-    return waited, steps
+    return waited, steps, times

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn.functional import embedding
 
@@ -24,9 +26,8 @@ def prefill(model: Transformer, batch: Batch, cache: KVCache, rows: torch.Tensor
     The step's keys and values enter the cache. The last layer computes no more than `rows` ask for. Sequences that
     bring one token are fastest at the beginning of the batch.
     """
-    angles = model.rotary.angles(
-        batch.positions, batch.query_lens, batch.ntk_alphas, max(batch.context_lens), model.dtype
-    )
+    # LogN's scale is there even where it is 1: its kernels are those that the decoding step has compiled already.
+    angles = model.rotary.angles(batch.positions, batch.query_lens, batch.ntk_alphas, math.inf, model.dtype)
     plan = ragged_plan(batch.step(cache.block_size, model.dtype))
     blocks = [layer for layer in model.layers if isinstance(layer, Block)]
     x = embedding(batch.input_ids, model.embed_tokens.weight)

@@ -32,7 +32,7 @@ class Rotary:
         self._inverse: dict[tuple[float, torch.device], torch.Tensor] = {}
 
     def angles(
-        self, positions: torch.Tensor, lens: list[int], alphas: list[float], max_length: int, dtype: torch.dtype
+        self, positions: torch.Tensor, lens: list[int], alphas: list[float], max_length: float, dtype: torch.dtype
     ) -> Angles:
         """For tokens at `positions` int64 [T], of sequences with `lens` tokens and an NTK alpha each.
 

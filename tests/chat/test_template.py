@@ -252,6 +252,7 @@ def test_threads_share_a_template(qwen25: Tokenizer) -> None:
     assert found == [True] * 120
 
 
+@pytest.mark.timing
 def test_a_warm_render_takes_a_few_milliseconds(qwen25: Tokenizer) -> None:
     qwen25.apply_chat_template(CHATS[2], TOOLS)
     times = []

@@ -56,6 +56,7 @@ def test_the_real_file_reads_as_the_gguf_package_reads_it() -> None:
         assert header.metadata[key] == reader.fields[key].contents()
 
 
+@pytest.mark.timing
 @pytest.mark.real
 def test_the_real_header_is_read_fast_when_arrays_are_skipped() -> None:
     path = real_gguf()

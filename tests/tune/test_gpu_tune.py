@@ -97,7 +97,12 @@ def test_bf16_on_the_gpu_follows_float32_on_the_cpu(method, packed):
 
 @pytest.mark.parametrize("precision", ["int4", "int8"])
 def test_q_lora_follows_the_cpu(precision):
-    check_follows(losses("cuda", precision), losses("cpu", precision), 0.02)
+    """Both round activations to bfloat16, each in its own way, and Adam's first steps follow the signs of gradients."""
+    exact = losses("cpu", precision)
+    curve = losses("cuda", precision)
+    check_follows(curve[:2], exact[:2], 1e-3)  # before and after the first step
+    check_follows(curve, exact, 0.06)
+    assert abs(fall(curve) - fall(exact)) < 0.1 * fall(exact)
 
 
 @pytest.mark.parametrize(
