@@ -1,7 +1,8 @@
 """The best launch parameters of int_matmul on this GPU: `python -m qwenfit.bench.gpu_matmul --out FOLDER`.
 
-For each shape a few configs are timed beside unpacking the weight for cuBLAS and beside bf16 weights; processes of
-their own compile them first. The best are in FOLDER/tuned-matmul.json.
+For each shape and number of rows a few configs are timed, beside the matrix-vector kernel, unpacking the weight for
+cuBLAS, and bf16 weights; every launch reads weights that no cache holds. Processes of their own compile first. The best
+configs are in FOLDER/tuned-matmul.json.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import argparse
 import json
 import subprocess
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -18,103 +21,160 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from qwenfit.bench.gpu_common import DEVICE, Figures, relative_error
-from qwenfit.bench.gpu_kernels import copies, random_blocked, time_us
+from qwenfit.bench.gpu_common import DEVICE, GPU, Figures, relative_error
+from qwenfit.bench.gpu_kernels import SHAPES, copies, empty_blocked, random_blocked, random_plain, time_us
 from qwenfit.kernels.triton import tuning
-from qwenfit.kernels.triton.int_matmul import dequantised, int_matmul
+from qwenfit.kernels.triton.arrange import arrange
+from qwenfit.kernels.triton.dequantise import dequantised
+from qwenfit.kernels.triton.int_matmul import int_matmul, int_matmul_reference
+from qwenfit.kernels.triton.int_matvec import MAX_ROWS, BlockedWeight, int_matvec
 
-COMPILERS = 12
-MATMUL_SHAPES = [(4096, 12288), (4096, 22016), (11008, 4096)]
-MATMUL_ROWS = (16, 64, 128)
+COMPILERS = 14
+ROWS = (4, 8, 16, 32, 64)
+TILES = {  # rows of x in a tile -> rows of the weight, warps, stages, unroll
+    16: ((64, 4, 4, 1), (64, 4, 6, 1), (128, 4, 4, 1), (128, 8, 4, 1), (64, 2, 4, 1), (64, 4, 3, 2), (32, 2, 4, 1)),
+    32: ((64, 4, 4, 1), (128, 4, 3, 1), (128, 8, 4, 1), (64, 2, 4, 1), (64, 4, 3, 2)),
+    64: ((64, 4, 4, 1), (128, 8, 3, 1), (64, 8, 4, 1), (64, 4, 2, 1)),
+}
+WAVES = (2.6, 5.2)  # programs for each core that the splits of the input aim at
 
 
-def matmul_configs(bits: int, rows: int) -> Iterable[dict[str, int]]:
-    m = min(128, max(16, rows))
-    for tile, codes, warps, splits, stages in (
-        (64, 128, 4, 1, 3), (64, 128, 4, 2, 3), (64, 128, 4, 4, 4), (64, 256, 4, 2, 2), (128, 128, 8, 1, 3),
-        (128, 128, 8, 2, 3), (128, 128, 4, 1, 4),
-    ):  # fmt: skip
-        yield {
-            "m": m, "rows": tile, "words": codes * bits // 32, "warps": warps, "splits": splits, "stages": stages
+def matmul_configs(out: int, rows: int) -> Iterable[dict[str, int]]:
+    m = max(16, rows)
+    cores = torch.cuda.get_device_properties().multi_processor_count if GPU else 1
+    for tile, warps, stages, unroll in TILES[m]:
+        for splits in sorted({min(8, max(1, round(wave * cores * tile / out))) for wave in WAVES}):
+            yield {"m": m, "rows": tile, "warps": warps, "stages": stages, "unroll": unroll, "splits": splits}
+
+
+def time_shape(bits: int, inputs: int, out: int, seconds: float) -> list[Figures]:
+    """One line for each of ROWS; none is begun after `seconds`."""
+    began = time.perf_counter()
+    weights: list[BlockedWeight] = copies(partial(random_blocked, bits, inputs, out), inputs * out * bits // 8)
+    plain = copies(partial(random_plain, inputs, out), inputs * out * 2)
+    lines = []
+    for rows in ROWS:
+        if time.perf_counter() - began > seconds:
+            break
+        x = torch.randn(rows, inputs, device=DEVICE, dtype=torch.bfloat16)
+        arranged = arrange(x, weights[0])
+        timed: list[tuple[float, dict[str, int]]] = []
+        for config in matmul_configs(out, rows):
+            try:
+                y = int_matmul(arranged, weights[0], config=config)
+                run: list[Callable[[], object]] = [
+                    partial(int_matmul, arranged, one, None, None, x.dtype, y, config) for one in weights
+                ]
+                timed.append((time_us(run), config))
+            except Exception as failure:  # a config may want more shared memory than there is
+                print(bits, inputs, out, config, repr(failure)[:200], flush=True)
+        us, config = min(timed, key=lambda pair: pair[0])
+        out_of: dict[str, list[Callable[[], object]]] = {
+            "arrange": [partial(arrange, x, one) for one in weights],
+            "unpack": [partial(_unpack_and_multiply, x, one) for one in weights],
+            "bf16": [partial(linear, x, one) for one in plain],
+        }
+        if rows <= MAX_ROWS:
+            out_of["matvec"] = [partial(int_matvec, x, one) for one in weights]
+        got = int_matmul(arranged, weights[0], None, None, x.dtype, torch.full_like(y, torch.nan), config)
+        line = {
+            "bits": bits, "shape": f"{inputs}->{out}", "rows": rows, "us": us, "config": config,
+            "gb_s": weights[0].nbytes / us / 1e3, "error": relative_error(got, int_matmul_reference(x, weights[0])),
+            "all": [(round(each, 2), used) for each, used in sorted(timed, key=lambda pair: pair[0])],
+            **{f"{name}_us": time_us(launches) for name, launches in out_of.items()},
         }  # fmt: skip
+        lines.append(line)
+        print(_text(line), flush=True)
+    return lines
 
 
-def search_matmul(share: str = "") -> Figures:
-    """The best of a few configs for each shape, beside unpacking for cuBLAS and beside bf16 weights.
-
-    `share` "I/N": only compile that part of them, for the cache on disk.
-    """
-    part, parts = map(int, (share or "0/1").split("/"))
-    seen, best, rows_of_table = 0, {}, []
-    for bits in (4, 8):
-        for inputs, out in MATMUL_SHAPES:
-            make = partial(random_blocked, bits, inputs, out)
-            weights = [make()] if share else copies(make, inputs * out * bits // 8)
-            for rows in MATMUL_ROWS:
-                x = torch.randn(rows, inputs, device=DEVICE, dtype=torch.bfloat16)
-                timed = []
-                for config in matmul_configs(bits, rows):
-                    seen += 1
-                    if share and seen % parts != part:
-                        continue
-                    try:
-                        run: list[Callable[[], object]] = [
-                            partial(int_matmul, x, one, None, None, config) for one in weights
-                        ]
-                        run[0]()
-                        timed.append((0.0 if share else time_us(run), config))
-                    except Exception:  # a config may want more shared memory than there is
-                        timed.append((float("inf"), config))
-                if share:
-                    continue
-                us, config = min(timed, key=lambda pair: pair[0])
-                best[tuning.key("int_matmul", (bits, inputs, out, rows))] = config
-                unpacked = dequantised(weights[0], torch.bfloat16)
-                unpack = time_us([partial(_unpack_and_multiply, x, one) for one in weights])
-                plain = time_us([partial(linear, x, unpacked)] * 4)
-                error = relative_error(int_matmul(x, weights[0], None, None, config), linear(x, unpacked))
-                rows_of_table.append(
-                    {"bits": bits, "shape": f"{inputs}->{out}", "rows": rows, "us": us, "unpack_us": unpack,
-                     "bf16_us_cached": plain, "error": error, "config": config, "all": [t for t, _ in timed]}
-                )  # fmt: skip
-    return {"rows": rows_of_table, "configs": best}
-
-
-def _unpack_and_multiply(x: torch.Tensor, weight: Any) -> torch.Tensor:
+def _unpack_and_multiply(x: torch.Tensor, weight: BlockedWeight) -> torch.Tensor:
     return linear(x, dequantised(weight, x.dtype))
 
 
-def compile_beforehand(seconds: float) -> None:
-    """Compile in processes of their own what `search_matmul` will time."""
-    command = [sys.executable, "-m", "qwenfit.bench.gpu_matmul", "--compile"]
+def shapes_of(models: str) -> list[tuple[int, int]]:
+    return [(inputs, out) for model in models.split(",") for inputs, out, *_ in SHAPES[model]]
+
+
+def compile_part(models: str, bits: list[int], part: int) -> None:
+    """Compile every COMPILERS-th of what will be timed, for the cache on disk."""
+    seen = 0
+    for width in bits:
+        for inputs, out in shapes_of(models):
+            weight = empty_blocked(width, inputs, out)
+            for rows in sorted({max(16, rows) for rows in ROWS}):
+                for config in matmul_configs(out, rows):
+                    seen += 1
+                    if seen % COMPILERS == part:
+                        try:
+                            int_matmul(arrange(torch.ones(rows, inputs, device=DEVICE).bfloat16(), weight), weight,
+                                       config=config)  # fmt: skip
+                        except Exception:  # told when it is timed
+                            traceback.print_exc()
+
+
+def compile_beforehand(arguments: list[str], seconds: float) -> float:
+    """Seconds that it took. A process that fails or is late costs time only."""
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "qwenfit.bench.gpu_matmul", *arguments]
     quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    for compiler in [subprocess.Popen([*command, f"{i}/{COMPILERS}"], **quiet) for i in range(COMPILERS)]:
+    for process in [subprocess.Popen([*command, "--compile", str(i)], **quiet) for i in range(COMPILERS)]:
         try:
-            compiler.wait(seconds)
+            process.wait(max(0.1, seconds - (time.perf_counter() - began)))
         except subprocess.TimeoutExpired:
-            compiler.kill()
+            process.kill()
+    return time.perf_counter() - began
+
+
+def _text(line: Figures) -> str:
+    others = " ".join(f"{name[:-3]} {line[name]:.1f}" for name in line if name.endswith("_us"))
+    config = " ".join(f"{name}={value}" for name, value in line["config"].items())
+    return (
+        f"int{line['bits']} {line['shape']:13} x{line['rows']:<3} {line['us']:6.1f} us {line['gb_s']:5.0f} GB/s; "
+        f"{others}; error {line['error']:.0e} {config}"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(), help="folder of the record and the configs")
-    parser.add_argument("--compile", metavar="I/N", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--models", default="Qwen-7B", help="whose shapes")
+    parser.add_argument("--bits", default="4,8")
+    parser.add_argument("--seconds", type=float, default=100)
+    parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.manual_seed(0)
-    if options.compile:
-        search_matmul(options.compile)
+    bits = [int(each) for each in options.bits.split(",")]
+    if options.compile is not None:
+        compile_part(options.models, bits, options.compile)
         return
-    compile_beforehand(60)
-    found = search_matmul()
+    began = time.perf_counter()
+    arguments = ["--models", options.models, "--bits", options.bits]
+    compiling = compile_beforehand(arguments, 0.5 * options.seconds)
+    lines: list[Figures] = []
+    for width in bits:
+        for inputs, out in shapes_of(options.models):
+            left = options.seconds - (time.perf_counter() - began)
+            try:
+                lines += time_shape(width, inputs, out, left)
+            except Exception:
+                traceback.print_exc()
+            torch.cuda.empty_cache()
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "gpu-matmul.json").write_text(json.dumps(found, indent=1) + "\n")
-    tables = {"cards": [torch.cuda.get_device_name()], "configs": found["configs"]}
+    best = {
+        tuning.key("int_matmul", (line["bits"], *map(int, line["shape"].split("->")), line["rows"])): line["config"]
+        for line in lines
+    }
+    record = {
+        "kind": "gpu int_matmul", "hardware": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "command": "python -m qwenfit.bench.gpu_matmul " + " ".join(sys.argv[1:]), "compiling_s": compiling,
+        "rows": lines,
+    }  # fmt: skip
+    (options.out / "gpu-matmul.json").write_text(json.dumps(record, indent=1) + "\n")
+    tables = {"cards": [torch.cuda.get_device_name()], "configs": tuning.in_force() | best}
     (options.out / "tuned-matmul.json").write_text(tuning.as_text(tables))
-    for row in found["rows"]:
-        print(
-            f"int{row['bits']} {row['shape']:14} x{row['rows']:<4} {row['us']:7.1f} us, unpacked "
-            f"{row['unpack_us']:7.1f}, bf16 {row['bf16_us_cached']:7.1f} us, error {row['error']:.1e} {row['config']}"
-        )
+    print(f"{compiling:.0f} s compiling, {time.perf_counter() - began:.0f} s in all")
+    print("\n".join(map(_text, lines)))
 
 
 if __name__ == "__main__":

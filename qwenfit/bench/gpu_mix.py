@@ -92,8 +92,8 @@ def anatomy(kv: str, bits: int | None = None) -> Figures:
         engine.step()
     waited, _, _ = watch(llm)
     synchronize()
-    lasted = _seconds(lambda: [engine.step() for _ in range(some)])
-    hosts = pstats.Stats(_profiled(lambda: [engine.step() for _ in range(some)])).stats  # type: ignore[attr-defined]
+    lasted = _seconds(lambda: _times(engine.step, some))
+    hosts = pstats.Stats(_profiled(lambda: _times(engine.step, some))).stats  # type: ignore[attr-defined]
     busiest = sorted(hosts.items(), key=lambda item: -item[1][2])[:24]
     made: Figures = {
         "requests": count,
@@ -106,7 +106,7 @@ def anatomy(kv: str, bits: int | None = None) -> Figures:
     if graphs is not None:
         step, graph = graphs._recorded[next(size for size in graphs.sizes if size >= count)]
         synchronize()
-        made["bare_graph_ms"] = 1e3 * _seconds(lambda: [graph.replay() for _ in range(some)]) / some
+        made["bare_graph_ms"] = 1e3 * _seconds(lambda: _times(graph.replay, some)) / some
         made["graph"] = kernels(graph.replay)
         made["context"] = int(step.context_lens.sum()) / count
         made["step"] = kernels(engine.step)
@@ -119,6 +119,11 @@ def _profiled(run: Callable[[], object]) -> cProfile.Profile:
     run()
     profile.disable()
     return profile
+
+
+def _times(run: Callable[[], object], count: int) -> None:
+    for _ in range(count):
+        run()
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -83,10 +83,15 @@ class Runner:
 
     def _warm_up(self, model: Transformer, max_num_seqs: int) -> None:
         """Compile and record at the start what would stop the requests later. The cache is still empty."""
+        from qwenfit.kernels.triton.ragged import compile_prompt_attention
         from qwenfit.model.batch import Chunk, make_batch
         from qwenfit.model.prefill import prefill
 
-        size = self.block_size
+        config, size = model.config, self.block_size
+        heads = config.num_heads + 2 * config.num_kv_heads
+        qkv = torch.zeros(16, heads, config.head_dim, dtype=model.dtype, device=self.device)
+        if model.dtype != torch.float32:
+            compile_prompt_attention(qkv, config.num_kv_heads)
         if self.cache.num_blocks >= 2:  # a decoded token, and the second part of a prompt
             table = [0] * self._tables.shape[1]
             chunks = [Chunk([0], 1, table), Chunk([0] * size, size, [0, 1, *table[2:]])]

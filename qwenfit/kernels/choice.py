@@ -11,7 +11,10 @@ import torch
 from qwenfit.kernels import native
 
 KINDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-MATVEC_ROWS = 4  # on a GPU; above, the tensor cores win (measured on an H200)
+# On a GPU, as measured on an H200:
+MATVEC_ROWS = 4  # of activations with plain weights; above, the vendor's product wins
+INT_MATVEC_ROWS = 2  # with int4 and int8 weights; above, the tensor cores win
+INT_MATMUL_ROWS = 128  # above, unpacking a weight for the vendor's product costs less than it saves
 _ONEDNN_ROWS = 24  # from here on, unpacking to bf16 for oneDNN costs less than it saves
 
 
@@ -30,9 +33,11 @@ def choose_kernel(weight: str, dtype: torch.dtype, rows: int, device: str) -> Ke
     if device != "cpu":
         if weight in ("int4", "int8"):
             if device == "cuda" and not _triton_missing():
-                if rows <= MATVEC_ROWS:
+                if rows <= INT_MATVEC_ROWS:
                     return KernelChoice("triton matvec", "few rows: codes are multiplied as integers, at memory speed")
-                return KernelChoice("triton matmul", "many rows: unpacked for the tensor cores")
+                if rows <= INT_MATMUL_ROWS:
+                    return KernelChoice("triton matmul", "some rows: codes go to the tensor cores as they are")
+                return KernelChoice("unpack", "many rows: unpacked to 16 bits for the vendor's library")
             return KernelChoice("dequantize", f"no packed kernel for {device}: unpacked in pieces at each use")
         return KernelChoice("torch", "the vendor's library behind torch.nn.functional.linear")
     if weight in ("int4", "int8"):

@@ -66,7 +66,7 @@ def pack(
 def dequantize(packed: PackedWeight | BlockedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The weight [out, in], its columns in the order of the input."""
     if not isinstance(packed, PackedWeight):
-        from qwenfit.kernels.triton.int_matmul import dequantised
+        from qwenfit.kernels.triton.dequantise import dequantised
 
         stored = dequantised(packed, dtype)
         return stored if packed.perm is None else torch.empty_like(stored).index_copy_(1, packed.perm, stored)

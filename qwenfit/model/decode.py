@@ -12,6 +12,7 @@ import torch
 from qwenfit.kernels.choice import MATVEC_ROWS
 from qwenfit.kernels.triton.decode_attention import NewTokens, arrival_counters, decode_step_attention
 from qwenfit.kernels.triton.int_matvec import BlockedWeight
+from qwenfit.kernels.triton.product import mlp as feed_forward
 from qwenfit.kernels.triton.product import product
 from qwenfit.kernels.triton.rotary_cache import embed_with_angles
 from qwenfit.model.kv_cache import KVCache
@@ -87,8 +88,7 @@ class DecodeStep:
         )
         x = product(out, weight_of(attention.o_proj), residual=x)
         norm = layer.post_attention_layernorm
-        inner = product(x, weight_of(mlp.gate_up_proj), norm=norm.weight, eps=norm.eps, gated=True)
-        return product(inner, weight_of(mlp.down_proj), residual=x)
+        return feed_forward(x, weight_of(mlp.gate_up_proj), weight_of(mlp.down_proj), norm.weight, norm.eps)
 
 
 def weight_of(linear: Linear) -> torch.Tensor | BlockedWeight:

@@ -7,9 +7,12 @@ import math
 import torch
 from torch.nn.functional import embedding
 
+from qwenfit.kernels.choice import INT_MATMUL_ROWS
 from qwenfit.kernels.triton.decode_attention import NewTokens
 from qwenfit.kernels.triton.fused_norm import add_norm
 from qwenfit.kernels.triton.gate import silu_mul
+from qwenfit.kernels.triton.int_matvec import BlockedWeight
+from qwenfit.kernels.triton.product import product
 from qwenfit.kernels.triton.ragged import RaggedPlan, ragged_attention, ragged_plan
 from qwenfit.model.attention import Attention
 from qwenfit.model.batch import Batch
@@ -51,9 +54,12 @@ def prefill(model: Transformer, batch: Batch, cache: KVCache, rows: torch.Tensor
 def _add_and_norm(
     linear: torch.nn.Module, y: torch.Tensor, x: torch.Tensor, norm: RMSNorm
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(norm(x + linear(y)), x + linear(y)); x is overwritten. A plain layer's sum is rounded once."""
-    if type(linear) is Linear and linear.weight is not None and linear.bias is None:
-        return add_norm(x.addmm_(y, linear.weight.T), None, norm.weight, norm.eps)
+    """(norm(x + linear(y)), x + linear(y)); x may be overwritten. The sum is rounded once where the product adds it."""
+    if type(linear) is Linear and linear.bias is None:
+        if linear.weight is not None:
+            return add_norm(x.addmm_(y, linear.weight.T), None, norm.weight, norm.eps)
+        if isinstance(linear.packed, BlockedWeight) and len(y) <= INT_MATMUL_ROWS:  # as the decoding step does
+            return add_norm(product(y, linear.packed, residual=x), None, norm.weight, norm.eps)
     return add_norm(linear(y), x, norm.weight, norm.eps)
 
 

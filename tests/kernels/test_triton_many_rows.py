@@ -7,38 +7,93 @@ from tests.kernels.test_triton_int_matvec import quantized
 from tests.kernels.triton_cases import DEVICE, error, poisoned, random
 
 pytest.importorskip("triton")
+from qwenfit.kernels.triton.arrange import LARGEST, arrange, arrange_reference
+from qwenfit.kernels.triton.dequantise import dequantised, dequantised_reference
 from qwenfit.kernels.triton.fused_norm import add_norm, add_norm_reference
 from qwenfit.kernels.triton.gate import silu_mul, silu_mul_reference
-from qwenfit.kernels.triton.int_matmul import dequantised, dequantised_reference, int_matmul, int_matmul_reference
-from qwenfit.kernels.triton.int_matvec import pack_blocked
+from qwenfit.kernels.triton.int_matmul import int_matmul, int_matmul_reference
+from qwenfit.kernels.triton.int_matvec import BlockedWeight, int_matvec_reference, pack_blocked
+from qwenfit.kernels.triton.product import mlp, product
 
-SMALL = {"m": 16, "rows": 16, "words": 32, "warps": 1}
+SMALL = {"m": 16, "rows": 16, "warps": 4}
 CASES = [
     (4, 9, 256, 128, "middle"),
     (8, 5, 200, 1024, "whole"),
-    (4, 6, 96, 32, "fractions"),
+    (4, 6, 192, 64, "fractions"),
     (8, 20, 192, 64, "middle"),
+    (4, 17, 700, 1024, "whole"),
+    (8, 16, 96, 32, "fractions"),
+    (4, 40, 640, 128, "whole"),
 ]
 
 
-@pytest.mark.parametrize(("bits", "out", "inputs", "group", "zeros"), CASES)
-def test_dequantised(bits: int, out: int, inputs: int, group: int, zeros: str) -> None:
-    packed = pack_blocked(quantized(bits, out, inputs, group, zeros), torch.float32, DEVICE)
+def packed_weight(bits: int, out: int, inputs: int, group: int, zeros: str, permuted: bool = False) -> BlockedWeight:
+    made = quantized(bits, out, inputs, group, zeros)
+    if permuted:
+        made.perm = torch.randperm(inputs, generator=torch.Generator().manual_seed(1))
+    packed = pack_blocked(made, torch.float32, DEVICE)
     assert packed is not None
+    return packed
+
+
+@pytest.mark.parametrize(("bits", "out", "inputs", "group", "zeros"), [*CASES, (4, 6, 96, 32, "fractions")])
+def test_dequantised(bits: int, out: int, inputs: int, group: int, zeros: str) -> None:
+    packed = packed_weight(bits, out, inputs, group, zeros)
     w = dequantised(packed, torch.float32, out=poisoned(out, inputs))
     assert error(w, dequantised_reference(packed, torch.float32)) < 1e-4
 
 
-@pytest.mark.parametrize("changes", [{}, {"splits": 3, "words": 16}], ids=["whole", "split"])
+@pytest.mark.parametrize(("bits", "out", "inputs", "group", "zeros"), CASES)
+@pytest.mark.parametrize("kind", ["plain", "normed", "gated", "permuted"])
+def test_activations_in_stored_order(bits: int, out: int, inputs: int, group: int, zeros: str, kind: str) -> None:
+    """Integers and units give the activations back, to a part in 2 * LARGEST of the largest in their block."""
+    packed = packed_weight(bits, out, inputs, group, zeros, kind == "permuted")
+    x = random(5, inputs * (2 if kind == "gated" else 1))
+    norm = random(inputs) if kind == "normed" else None
+    got, expected = (make(x, packed, norm, 1e-5, kind == "gated") for make in (arrange, arrange_reference))
+    assert got.integers.shape == expected.integers.shape and got.rows == 5
+    assert error(got.units, expected.units) < 1e-3  # a sum of integers near 0 is what a rounding of each makes it
+    values = [
+        (made.integers[0].float() * 256 + made.integers[1]).view(5, -1, packed.block) * made.units[0].T[..., None]
+        for made in (got, expected)
+    ]
+    assert error(*values) < 1e-4
+    largest = values[1].abs().amax(-1)
+    assert torch.allclose(largest, got.units[0].T * LARGEST, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"splits": 3}, {"rows": 32, "m": 32, "unroll": 2}], ids=str)
 @pytest.mark.parametrize(("bits", "out", "inputs", "group", "zeros"), CASES)
 def test_many_rows_times_an_integer_weight(
     bits: int, out: int, inputs: int, group: int, zeros: str, changes: dict[str, int]
 ) -> None:
-    packed = pack_blocked(quantized(bits, out, inputs, group, zeros), torch.float32, DEVICE)
-    assert packed is not None
-    x, bias = random(19, inputs), random(out)
-    y = int_matmul(x, packed, bias, out=poisoned(19, out), config={**SMALL, **changes})
-    assert error(y, int_matmul_reference(x, packed, bias)) < 1e-4
+    packed = packed_weight(bits, out, inputs, group, zeros, permuted=True)
+    x, bias, residual = random(19, inputs), random(out), random(19, out)
+    config = {**SMALL, **changes}
+    y = int_matmul(arrange(x, packed), packed, bias, residual, torch.float32, poisoned(19, out), config)
+    assert error(y, int_matmul_reference(x, packed, bias, residual)) < 1e-4
+    plain = int_matmul(arrange(x, packed), packed, None, None, torch.float32, poisoned(19, out), config)
+    assert error(plain, int_matmul_reference(x, packed)) < 1e-4
+
+
+def test_a_product_of_any_number_of_rows() -> None:
+    """Whatever path a number of rows takes; a block of 16 bytes a row has no path by bytes."""
+    for group, rows in ((128, 3), (128, 7), (128, 70), (32, 7)):
+        packed = packed_weight(4, 24, 256, group, "middle")
+        x, norm, residual = random(rows, 256), random(256), random(rows, 24)
+        expected = int_matvec_reference(x, packed, None, residual, norm)
+        assert error(product(x, packed, None, residual, norm), expected) < 1e-4
+        expected = int_matvec_reference(x, packed, None, None, norm, gated=True)
+        assert error(product(x, packed, None, None, norm, gated=True), expected) < 1e-4
+
+
+@pytest.mark.parametrize("rows", [2, 6, 130])
+def test_feed_forward(rows: int) -> None:
+    gate_up = packed_weight(4, 384, 256, 128, "middle")
+    down = packed_weight(8, 256, 192, 64, "whole", permuted=True)
+    x, norm = random(rows, 256), random(256)
+    inner = int_matvec_reference(x, gate_up, None, None, norm, gated=True)
+    assert error(mlp(x, gate_up, down, norm, 1e-6), int_matvec_reference(inner, down, None, x)) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,6 +10,7 @@ from tests.kernels.triton_cases import DEVICE, error, random
 
 pytest.importorskip("triton")
 from qwenfit.kernels.attention import LayerCache, RaggedStep
+from qwenfit.kernels.triton import ragged
 from qwenfit.kernels.triton.decode_attention import NewTokens
 from qwenfit.kernels.triton.ragged import (
     gather_context,
@@ -86,3 +87,19 @@ def test_a_context_is_read_back_from_scattered_slots(quantized: bool) -> None:
         gather_context(cache, slots, torch.float32), gather_context_reference(cache, slots, torch.float32), strict=True
     ):
         assert error(got, expected) < 1e-6
+
+
+def test_the_attention_of_prompts_is_compiled_with_every_config_of_its_shape(monkeypatch) -> None:
+    """One launch for each config that differs, and none of another head size or of cuDNN's."""
+    used = []
+    configs = {
+        "prompt_attention 16 2 64": {"m": 16, "n": 16, "warps": 1, "stages": 1},
+        "prompt_attention 16 2 128": {"m": 16, "n": 16, "warps": 1, "stages": 1},
+        "prompt_attention 16 2 256": {"m": 32, "n": 16, "warps": 1, "stages": 1},
+        "prompt_attention 16 2 512": {"cudnn": 1},
+        "prompt_attention 32 2 64": {"m": 64, "n": 16, "warps": 1, "stages": 1},
+    }
+    monkeypatch.setattr(ragged, "in_force", lambda: configs)
+    monkeypatch.setattr(ragged, "prompt_attention", lambda *operands: used.append(operands[-1]["m"]))
+    ragged.compile_prompt_attention(random(5, 8, 16), kv_heads=2)
+    assert used == [16, 32]

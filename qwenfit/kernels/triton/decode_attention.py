@@ -153,9 +153,10 @@ def _run(
         tokens = max(1, 32 * config["warps"] // lanes)  # that the threads of a program read at once
         rounds = max(1, config["tokens"] // tokens)
         tile, in_place = rounds * tokens, bool(config.get("last", 1))
-        arrived = new and new.arrived
-        if arrived is None and splits > 1 and in_place:
-            arrived = arrival_counters(batch * heads, q.device)
+        arrived = None  # where nothing is split, given or not: it is one kernel
+        if splits > 1 and in_place:
+            arrived = new.arrived if new else None
+            arrived = arrival_counters(batch * heads, q.device) if arrived is None else arrived
         key, value, key_affine, value_affine = cache.key, cache.value, None, None
         if cache.key_affine is not None and cache.value_affine is not None:  # words of codes; scale and zero as one
             key, value = key.view(torch.int32), value.view(torch.int32)

@@ -19,7 +19,7 @@ from qwenfit.kernels.rotary import rotate
 from qwenfit.kernels.triton.decode_attention import NewTokens, decode_step_attention
 from qwenfit.kernels.triton.launch import options, start_after_previous
 from qwenfit.kernels.triton.prompt_attention import prompt_attention, prompt_attention_reference
-from qwenfit.kernels.triton.tuning import measured
+from qwenfit.kernels.triton.tuning import in_force, key, measured
 
 _HEADS = 8  # of a program
 
@@ -118,6 +118,20 @@ def _attend_prompts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Rag
     if "cudnn" not in config:
         return prompt_attention(q, k, v, plan.query_starts, plan.context_starts, longest, scale, config)
     return (cudnn if len(plan.query_lens) == 1 and plan.context_slots is None else flash)(q, k, v, plan, scale)
+
+
+def compile_prompt_attention(qkv: torch.Tensor, kv_heads: int) -> None:
+    """Run the attention of prompts with each config that a length may choose on this card, so that none waits for it.
+
+    qkv [tokens, heads + 2 kv_heads, head_dim] is a prompt of any content.
+    """
+    heads, head_dim = qkv.shape[1] - 2 * kv_heads, qkv.shape[2]
+    starts = torch.tensor([0, len(qkv)], dtype=torch.int32, device=qkv.device)
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+    wanted = key("prompt_attention", (head_dim, heads // kv_heads, 1)).removesuffix("1")
+    for config in {str(config): config for name, config in in_force().items() if name.startswith(wanted)}.values():
+        if "cudnn" not in config:
+            prompt_attention(q, k, v, starts, starts, len(qkv), 1.0, config)
 
 
 def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: RaggedPlan, scale: float) -> torch.Tensor:

@@ -83,7 +83,10 @@ def _rule(kernel: str, shape: tuple[int, ...]) -> Config:
     if kernel == "bf16_matvec":
         return {"rows": 4 if rows <= 4 else 2, "columns": 1024, "warps": 4}
     if kernel == "int_matmul":
-        return {"m": min(64, max(16, 1 << (rows - 1).bit_length())), "rows": 64, "words": 32, "warps": 4}
+        tiles = -(-shape[2] // 64)
+        splits = next((n for n in (1, 2, 4) if n * tiles >= 3 * _cores()), 4)
+        m = min(64, max(16, 1 << (rows - 1).bit_length()))
+        return {"m": m, "rows": 64, "warps": 4, "stages": 2 if m == 64 else 4, "splits": splits}
     if kernel == "decode_heads":
         return {"tokens": 64 if shape[0] == 1 else 32, "warps": 4}
     return {"tokens": 64 if shape[-2] > 1 else 32, "warps": 4}

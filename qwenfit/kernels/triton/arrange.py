@@ -1,0 +1,127 @@
+"""Activations as the integers that int_matmul.py multiplies with codes, in the order in which a weight stores them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from qwenfit.kernels.triton.gate import silu_mul_reference
+from qwenfit.kernels.triton.int_matvec import BlockedWeight, normalised
+from qwenfit.kernels.triton.launch import options, start_after_previous
+
+LARGEST = 32639  # 127 * 256 + 127: both bytes of an integer stay signed ones
+_BLOCKS = 8  # of a program
+
+
+@dataclass
+class Arranged:
+    """x [rows, in] as integers of 16 bits that share a unit in each block of a weight's columns."""
+
+    integers: torch.Tensor  # int8 [2, rows, in padded to blocks]: high bytes, then low ones, both signed
+    units: torch.Tensor  # float32 [2, blocks, rows]: the unit, and the sum of the block's integers times the unit
+
+    @property
+    def rows(self) -> int:
+        return self.integers.shape[1]
+
+
+def stored_order(bits: int, block: int) -> torch.Tensor:
+    """int64 [block]: the column that stands at each place. For int4 those of a byte's low halves, then the high."""
+    place = torch.arange(block)
+    if bits == 8:
+        return place % 4 * (block // 4) + place // 4
+    half, byte = place // (block // 2), place % (block // 2)
+    return (2 * (byte % 4) + half) * (block // 8) + byte // 4
+
+
+def arrange_reference(
+    x: torch.Tensor,
+    weight: BlockedWeight,
+    norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    gated: bool = False,
+) -> Arranged:
+    """RMSNorm of x [rows, in] if `norm` [in] is given; or silu(first half) * second half of x [rows, 2 in] if gated."""
+    x = silu_mul_reference(x.float()) if gated else normalised(x, norm, eps)
+    if weight.perm is not None:
+        x = x[:, weight.perm]
+    blocks = -(-weight.in_features // weight.block)
+    x = torch.nn.functional.pad(x, (0, blocks * weight.block - weight.in_features)).view(len(x), blocks, weight.block)
+    x = x[:, :, stored_order(weight.bits, weight.block).to(x.device)]
+    unit = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / LARGEST
+    integers = (x / unit).round().int()
+    low = ((integers + 128) & 255) - 128
+    planes = torch.stack((integers - low >> 8, low)).to(torch.int8).flatten(2)
+    units = torch.stack((unit[..., 0], integers.sum(-1) * unit[..., 0])).transpose(1, 2).contiguous()
+    return Arranged(planes, units)
+
+
+def arrange(
+    x: torch.Tensor,
+    weight: BlockedWeight,
+    norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    gated: bool = False,
+) -> Arranged:
+    """`arrange_reference` in one kernel; x is contiguous. Of `weight` only the layout counts."""
+    rows, blocks = x.shape[0], -(-weight.in_features // weight.block)
+    integers = torch.empty(2, rows, blocks * weight.block, dtype=torch.int8, device=x.device)
+    units = torch.empty(2, blocks, rows, dtype=torch.float32, device=x.device)
+    _arrange[(rows, triton.cdiv(blocks, _BLOCKS))](
+        x, norm, weight.perm, integers, units, rows, eps,
+        IN=weight.in_features, BLOCKS=blocks, BLOCK=weight.block, BITS=weight.bits, LARGEST=LARGEST, TILE=_BLOCKS,
+        LANES=triton.next_power_of_2(weight.in_features), HAS_NORM=norm is not None,
+        HAS_PERM=weight.perm is not None, GATED=gated, num_warps=4, **options(x),
+    )  # fmt: skip
+    return Arranged(integers, units)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _arrange(
+    x_ptr, norm_ptr, perm_ptr, integer_ptr, unit_ptr, rows, eps,
+    IN: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, LARGEST: tl.constexpr,
+    TILE: tl.constexpr, LANES: tl.constexpr, HAS_NORM: tl.constexpr, HAS_PERM: tl.constexpr, GATED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    ROUND: tl.constexpr = 12582912.0  # 1.5 * 2^23: added, a float's lowest bits are its nearest integer
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]
+    place = tl.arange(0, BLOCK)[None, :]
+    if BITS == 8:
+        column = place % 4 * (BLOCK // 4) + place // 4
+    else:
+        byte = place % (BLOCK // 2)
+        column = (2 * (byte % 4) + place // (BLOCK // 2)) * (BLOCK // 8) + byte // 4
+    i = block * BLOCK + column
+    inside = i < IN
+    if HAS_PERM:
+        i = tl.load(perm_ptr + i, mask=inside, other=0)
+    if HAS_NORM:
+        weight = tl.load(norm_ptr + i, mask=inside, other=0.0).to(tl.float32)
+    start_after_previous(OVERLAP)
+    if GATED:
+        gate = tl.load(x_ptr + row * 2 * IN + i, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(x_ptr + row * 2 * IN + IN + i, mask=inside, other=0.0).to(tl.float32)
+        x = gate * tl.sigmoid(gate) * up
+    else:
+        x = tl.load(x_ptr + row * IN + i, mask=inside, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        lane = tl.arange(0, LANES)
+        whole = tl.load(x_ptr + row * IN + lane, mask=lane < IN, other=0.0).to(tl.float32)
+        x = x * (weight * tl.rsqrt(tl.sum(whole * whole, axis=0) / IN + eps))
+    top = tl.maximum(tl.max(tl.abs(x), axis=1, keep_dims=True), 1e-30)
+    shifted = x * (LARGEST / top) + ROUND
+    integer = shifted.to(tl.int32, bitcast=True) - 0x4B400000
+    low = ((integer + 128) & 255) - 128
+    high = (integer - low) >> 8
+    here = block < BLOCKS
+    at = row * (BLOCKS * BLOCK) + block * BLOCK + place
+    tl.store(integer_ptr + at, high.to(tl.int8), mask=here)
+    tl.store(integer_ptr + rows.to(tl.int64) * (BLOCKS * BLOCK) + at, low.to(tl.int8), mask=here)
+    unit = top / LARGEST
+    sums = tl.sum(shifted - ROUND, axis=1, keep_dims=True) * unit
+    tl.store(unit_ptr + block * rows + row, unit, mask=here)
+    tl.store(unit_ptr + (BLOCKS + block) * rows + row, sums, mask=here)
