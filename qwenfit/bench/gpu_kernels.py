@@ -139,6 +139,9 @@ def int_configs(bits: int, inputs: int, out: int, rows: int) -> Iterable[Config]
             yield {"rows": tile, "words": words, "warps": words // 128, "programs": cores * 12 * 128 // words}
         yield {"rows": 8, "words": 512, "warps": 4, "programs": 4 * cores, "early": 0}
         return
+    if bits == 4:
+        yield from held_configs(needed, out, cores)
+        return
     widths = [words for words in (512, 256, 128) if padded[words] <= 1.2 * needed]
     if 512 < needed <= 1024:
         widths.append(1024)  # all of x at once, though some threads have nothing to do
@@ -146,12 +149,42 @@ def int_configs(bits: int, inputs: int, out: int, rows: int) -> Iterable[Config]
         for tile in (8, 16):
             warps, tiles = words // 128, -(-out // tile)
             most = 8 if tile == 16 else 16 if words >= needed else 10  # warps of a core, by their registers
-            evenness = {}
-            for resident in range(max(1, 5 // warps), most // warps + 1):
-                programs = cores * resident
-                evenness[programs] = tiles / (programs * -(-tiles // programs))
-            for programs in sorted(evenness, key=lambda one: (-round(evenness[one], 2), -one))[:3]:
+            for programs in even_programs(tiles, cores, range(max(1, 5 // warps), most // warps + 1)):
                 yield {"rows": tile, "words": words, "warps": warps, "programs": programs}
+
+
+def even_programs(tiles: int, cores: int, resident: Iterable[int]) -> list[int]:
+    """The three numbers of programs, of so many on a core, that share `tiles` out most evenly; more before fewer."""
+    numbers = [cores * one for one in resident]
+    return sorted(numbers, key=lambda n: (-round(tiles / (n * -(-tiles // n)), 2), -n))[:3]
+
+
+def held_configs(needed: int, out: int, cores: int) -> Iterable[Config]:
+    """Configs for one row of x that a program holds in registers: at most 14 compiled kernels of a shape.
+
+    A thread needs about 18 registers for each chunk of x, 8 for each row of a tile and the next one, and 50 more; that
+    says how many warps a core takes. Converting x takes each core a time that grows with its programs, and a program
+    of many warps waits for them all: which matters more, only a measurement tells.
+    """
+    for words in (128, 256, 512, 1024):
+        chunks, warps = -(-needed // words), words // 128
+        if chunks * words > 1.61 * needed or chunks > 7:
+            continue
+        for tile in (4, 8, 16):
+            registers = 18 * chunks + 8 * tile + 50
+            if (
+                registers > (140 if words == 1024 else 210)
+                or (tile == 16 and chunks > 1)
+                or (words == 128 and tile == 4)
+            ):
+                continue
+            resident = 16 if registers <= 132 or words == 1024 else 12 if registers <= 170 else 8
+            limit = {16: 128, 12: 168, 8: 255}[resident]
+            tiles = -(-out // tile)
+            for programs in even_programs(tiles, cores, range(8 // warps, resident // warps + 1)):
+                for ahead in (0, 1):
+                    yield {"rows": tile, "words": words, "warps": warps, "programs": programs,
+                           "hold": 1, "ahead": ahead, "registers": limit}  # fmt: skip
 
 
 def once_each(configs: Iterable[Config]) -> list[Config]:

@@ -6,6 +6,7 @@ import torch
 from tests.kernels.triton_cases import DEVICE, error, poisoned, random
 
 pytest.importorskip("triton")
+from qwenfit.bench.gpu_kernels import SHAPES, held_configs, once_each
 from qwenfit.kernels.triton.int_matvec import int_matvec, int_matvec_reference, pack_blocked, unpack_blocked
 from qwenfit.kernels.triton.layout import pack_codes, unpack_codes
 from qwenfit.quantize.types import QuantizedWeight
@@ -86,6 +87,56 @@ def test_a_program_takes_several_tiles(bits: int, words: int, early: int) -> Non
     config = SMALL | {"words": words, "programs": 2, "rows": 2, "early": early}
     y = int_matvec(x, packed, norm=norm, out=poisoned(1, 5), config=config)
     assert error(y, int_matvec_reference(x, packed, norm=norm)) < 3e-4
+
+
+@pytest.mark.parametrize(
+    ("out", "inputs", "group", "zeros", "perm"),
+    [
+        (7, 640, 128, "middle", False),  # 80 words are 5 chunks of 16; the second tile lacks a row
+        (8, 320, 64, "whole", True),  # 40 words: the last chunk is half there
+        (5, 96, 32, "fractions", False),
+        (3, 200, 1024, "whole", False),  # a padded row
+    ],
+)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_x_is_held_in_chunks(bits: int, out: int, inputs: int, group: int, zeros: str, perm: bool) -> None:
+    packed = pack_blocked(quantized(bits, out, inputs, group, zeros, perm), torch.float32, DEVICE)
+    assert packed is not None
+    x, bias, residual, norm = random(1, inputs), random(out), random(1, out, seed=1), random(inputs) + 3
+    config = SMALL | {"words": 16, "hold": 1}
+    y = int_matvec(x, packed, bias, residual, norm, out=poisoned(1, out), config=config)
+    assert error(y, int_matvec_reference(x, packed, bias, residual, norm)) < 3e-4
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_few_kernels_are_compiled_to_choose_from_and_a_card_holds_their_programs(model: str) -> None:
+    for inputs, out, *_ in SHAPES[model]:
+        configs = list(held_configs(inputs // 8, out, cores=132))
+        assert 2 <= len(once_each(configs)) <= 14
+        for config in configs:
+            threads = 32 * config["warps"] * config["programs"]
+            assert threads * config["registers"] <= 132 * 65536
+
+
+@pytest.mark.parametrize("early", [0, 1])
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_held_x_meets_several_tiles(gated: bool, early: int) -> None:
+    packed = pack_blocked(quantized(4, 14, 288, 32, "whole"), torch.float32, DEVICE)  # 36 words, 14 rows: 4 tiles
+    assert packed is not None
+    x, norm = random(2, 288) * 3, random(288) * 0.1 + 1
+    config = SMALL | {"words": 16, "programs": 2, "hold": 1, "early": early, "ahead": 2}
+    y = int_matvec(x, packed, norm=norm, gated=gated, out=poisoned(2, 7 if gated else 14), config=config)
+    assert error(y, int_matvec_reference(x, packed, norm=norm, gated=gated)) < 3e-4
+
+
+@pytest.mark.parametrize("hold", [0, 1])
+def test_the_output_may_be_the_residual(hold: int) -> None:
+    packed = pack_blocked(quantized(4, 6, 256, 128), torch.bfloat16, DEVICE)
+    assert packed is not None
+    x, residual = random(1, 256, dtype=torch.bfloat16), random(1, 6, dtype=torch.bfloat16)
+    wanted = int_matvec_reference(x, packed, None, residual)
+    y = int_matvec(x, packed, None, residual, out=residual, config=SMALL | {"words": 16, "rows": 2, "hold": hold})
+    assert y is residual and error(y, wanted) < 6e-3  # written over the residual it was added to
 
 
 @pytest.mark.parametrize(("bits", "rows"), [(4, 3), (8, 2), (4, 16)])

@@ -1,7 +1,8 @@
 """Products of a few activation rows with an int4 or int8 weight, at the speed of reading the weight.
 
 `int_matvec_reference` is the definition. In the kernel a program owns some rows of the weight and walks along all of
-the input, so nothing is split and sums have one order. A card's cores cannot convert each code to a float at the
+the input, so nothing is split and sums have one order. Either it converts all of x once and holds it in registers, or
+it converts each piece of x anew for every tile of rows. A card's cores cannot convert each code to a float at the
 speed of its memory, so the products are of integers, four to an instruction (dp4a): the activations that one thread
 holds, 32 for int4 and 16 for int8, are rounded to 16 bits of their largest, in a high and a low byte. That is 128
 times finer than bfloat16 rounds the largest, and exact sums follow.
@@ -141,25 +142,38 @@ def int_matvec(
     out: torch.Tensor | None = None,
     config: dict[str, int] | None = None,
 ) -> torch.Tensor:
-    """`int_matvec_reference` in one kernel, for at most MAX_ROWS contiguous rows. `out` may be `residual`."""
+    """`int_matvec_reference` in one kernel, for at most MAX_ROWS contiguous rows. `out` may be `residual`.
+
+    `config`: a tile is `rows` of the weight by `words` of the input, and `programs` of `warps` share the tiles out.
+    hold: all of x stays in registers, else only if it is no longer than `words`; then also ahead: tiles asked for
+    before x is there, and registers: the most that a thread may have. early: loads come before the arithmetic.
+    """
     rows, outputs = x.shape[0], weight.out_features // (2 if gated else 1)
     if out is None:
         out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     config = config or tuned("int_matvec", (weight.bits, weight.in_features, weight.out_features, rows))
-    lanes = 1 << (rows - 1).bit_length()
+    words = weight.codes.shape[1]
+    tile_words = min(config["words"], _power_of_two(words))
+    chunks = triton.cdiv(words, tile_words)
     tiles = triton.cdiv(weight.out_features, config["rows"])
     programs = min(tiles, config["programs"])
-    tile_words = min(config["words"], _power_of_two(weight.codes.shape[1]))
-    _int_matvec[(programs,)](
+    arguments = (
         x, weight.codes, weight.scales, weight.zeros, bias, residual, norm, weight.perm, out,
         rows, eps, outputs, tiles, programs, 0,
+    )  # fmt: skip
+    constants = dict(
         IN=weight.in_features, OUT=weight.out_features, BITS=weight.bits, BLOCK=weight.block,
-        GROUP_WORDS=weight.group_size * weight.bits // 32, GROUPS=weight.scales.shape[1],
-        WORDS=weight.codes.shape[1], HAS_ZEROS=weight.zeros is not None, HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None, HAS_NORM=norm is not None, HAS_PERM=weight.perm is not None,
-        GATED=gated, INTERPRETED=INTERPRETED, M=lanes, TILE_OUT=config["rows"], TILE_WORDS=tile_words,
+        GROUP_WORDS=weight.group_size * weight.bits // 32, GROUPS=weight.scales.shape[1], WORDS=words,
+        HAS_ZEROS=weight.zeros is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+        HAS_NORM=norm is not None, HAS_PERM=weight.perm is not None, GATED=gated, INTERPRETED=INTERPRETED,
+        M=1 << (rows - 1).bit_length(), TILE_OUT=config["rows"], TILE_WORDS=tile_words,
         EARLY=bool(config.get("early", 1)), num_warps=config["warps"], **options(x),
     )  # fmt: skip
+    if chunks == 1 or config.get("hold"):
+        ahead = config.get("ahead", 0)
+        _int_matvec[(programs,)](*arguments, CHUNKS=chunks, AHEAD=ahead, maxnreg=config.get("registers"), **constants)
+    else:
+        _int_matvec_in_pieces[(programs,)](*arguments, **constants)
     return out
 
 
@@ -225,6 +239,15 @@ def _column(at, j: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WORDS: tl.constexpr)
 
 
 @triton.jit
+def _there(i, at, IN: tl.constexpr, WORDS: tl.constexpr, PER_WORD: tl.constexpr):
+    """Whether column i, in the words `at`, is one of the input: a row's last block may be padded."""
+    if IN == WORDS * PER_WORD:
+        return at < WORDS
+    else:
+        return (at < WORDS) & (i < IN)
+
+
+@triton.jit
 def _norm_weights(
     norm_ptr, perm_ptr, at, IN: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WORDS: tl.constexpr,
     WORDS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_PERM: tl.constexpr,
@@ -234,11 +257,23 @@ def _norm_weights(
     if HAS_NORM:
         for j in tl.static_range(32 // BITS):
             i = _column(at, j, BLOCK, BLOCK_WORDS)
-            inside = (i < IN) & (at < WORDS)
+            inside = _there(i, at, IN, WORDS, 32 // BITS)
             if HAS_PERM:
                 i = tl.load(perm_ptr + i, mask=inside, other=0)
             norm = norm + (tl.load(norm_ptr + i, mask=inside, other=0.0),)  # noqa: RUF005
     return norm
+
+
+@triton.jit
+def _sum_of_bytes(high, low, INTERPRETED: tl.constexpr):
+    """The sum of the integers of which `high` and `low` hold the bytes, over the four words that a thread holds."""
+    high_sum, low_sum = tl.zeros_like(low[0][0]), tl.zeros_like(low[0][0])
+    ones = high_sum + 0x01010101
+    for half in tl.static_range(len(high)):
+        for k in tl.static_range(4):
+            high_sum = dot_high(ones, high[half][k], high_sum, INTERPRETED)
+            low_sum = dot_low(ones, low[half][k], low_sum, INTERPRETED)
+    return ((high_sum << 8) + low_sum).to(tl.float32)
 
 
 @triton.jit
@@ -258,7 +293,7 @@ def _in_bytes(
     square = None
     for j in tl.static_range(PER_WORD):
         i = _column(at, j, BLOCK, BLOCK_WORDS)
-        inside = (i < IN) & (at < WORDS)
+        inside = _there(i, at, IN, WORDS, PER_WORD)
         if HAS_PERM:
             i = tl.load(perm_ptr + i, mask=inside, other=0)
         raw = tl.load(x_ptr + batch * IN + i, mask=inside & (batch < rows), other=0.0).to(tl.float32)
@@ -273,14 +308,9 @@ def _in_bytes(
             square += raw * raw
     top = tl.maximum(_max_of_quads(top), 1e-30)
     inverse = 32767.0 / top
-    r, total = (), None
+    r = ()
     for j in tl.static_range(PER_WORD):
-        shifted = x[j] * inverse + ROUND
-        r = r + (shifted.to(tl.int32, bitcast=True),)  # noqa: RUF005
-        if j == 0:
-            total = shifted - ROUND
-        else:
-            total += shifted - ROUND
+        r = r + ((x[j] * inverse + ROUND).to(tl.int32, bitcast=True),)  # noqa: RUF005
     if BITS == 4:
         high = (_quarters(second_bytes(r[0], r[2], r[4], r[6], INTERPRETED)),
                 _quarters(second_bytes(r[1], r[3], r[5], r[7], INTERPRETED)))  # fmt: skip
@@ -289,7 +319,7 @@ def _in_bytes(
     else:
         high = (_quarters(second_bytes(r[0], r[1], r[2], r[3], INTERPRETED)),)
         low = (_quarters(low_bytes(r[0], r[1], r[2], r[3], INTERPRETED)),)
-    return high, low, sum_quads(total), sum_quads(top) * (0.25 / 32767.0), sum_quads(square)
+    return high, low, _sum_of_bytes(high, low, INTERPRETED), sum_quads(top) * (0.25 / 32767.0), sum_quads(square)
 
 
 @triton.jit
@@ -317,23 +347,50 @@ def _dot_quads(words, high, low, origin, M: tl.constexpr, BITS: tl.constexpr, IN
 
 @triton.jit
 def _weight_tile(
-    w_ptr, scale_ptr, zero_ptr, tile, start, word, quad,
+    w_ptr, scale_ptr, zero_ptr, tile, start, TILE_WORDS: tl.constexpr, FULL: tl.constexpr,
     OUT: tl.constexpr, TILE_OUT: tl.constexpr, WORDS: tl.constexpr, GROUP_WORDS: tl.constexpr, GROUPS: tl.constexpr,
     HAS_ZEROS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Words, scales and zeros of a tile, from word `start` on. Words that are not there are anything."""
-    row, here = row_of_tile(tile, OUT, TILE_OUT, GATED)
-    row, here = row[None, :, None], here[None, :, None]
-    words = tl.load(w_ptr + row * WORDS + (start + word), mask=here & (start + word < WORDS),
-                    eviction_policy="evict_first")  # fmt: skip
-    first = start + quad * 4
+    """Words, scales and zeros of a tile, from word `start` on. Words that are not there are anything; FULL: all are.
+
+    A thread's place in the first row is added to the pointer before the rows are: these are constants, and come into
+    the load instruction itself.
+    """
+    at = start + tl.arange(0, TILE_WORDS)[:, None, None]
+    first = start + tl.arange(0, TILE_WORDS // 4)[:, None, None] * 4
+    row, lane = first_row(tile, TILE_OUT, GATED), row_in_tile(OUT, TILE_OUT, GATED)[None, :, None]
+    word_ptr = w_ptr + row * WORDS + at + lane * WORDS
     group = row * GROUPS + first // GROUP_WORDS
-    some = here & (first < WORDS)
-    scale = tl.load(scale_ptr + group, mask=some, other=0.0)
+    lane *= GROUPS
+    mask, some = None, None
+    if OUT % TILE_OUT != 0:
+        here = (tile * TILE_OUT + tl.arange(0, TILE_OUT) < OUT)[None, :, None]
+        mask, some = here & (at < WORDS), here & (first < WORDS)
+    elif not FULL:
+        mask, some = at < WORDS, first < WORDS
+    words = tl.load(word_ptr, mask=mask, eviction_policy="evict_first")
+    scale = tl.load(scale_ptr + group + lane, mask=some)
     zero = scale
     if HAS_ZEROS:
-        zero = tl.load(zero_ptr + group, mask=some, other=0)
+        zero = tl.load(zero_ptr + group + lane, mask=some)
     return words, scale, zero
+
+
+@triton.jit
+def _tile_to_l2(
+    w_ptr, tile, START: tl.constexpr, TILE_WORDS: tl.constexpr,
+    OUT: tl.constexpr, TILE_OUT: tl.constexpr, WORDS: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """Ask for a tile's words, from START on, to be brought to the second-level cache, a sector of 32 bytes each time.
+
+    What is not there, at the weight's end, becomes the last sector.
+    """
+    row = first_row(tile, TILE_OUT, GATED) + row_in_tile(OUT, TILE_OUT, GATED)[None, :]
+    offset = row * WORDS + START + tl.arange(0, TILE_WORDS // 8)[:, None] * 8
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l",
+        [(w_ptr + tl.minimum(offset, OUT * WORDS - 8)).to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tiles", "programs"])
@@ -344,35 +401,97 @@ def _int_matvec(
     GROUP_WORDS: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
     HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr,
     HAS_PERM: tl.constexpr, GATED: tl.constexpr, INTERPRETED: tl.constexpr,
-    M: tl.constexpr, TILE_OUT: tl.constexpr, TILE_WORDS: tl.constexpr, EARLY: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    M: tl.constexpr, TILE_OUT: tl.constexpr, TILE_WORDS: tl.constexpr, CHUNKS: tl.constexpr, AHEAD: tl.constexpr,
+    EARLY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     # Tensors are [words or quads of words, rows of the weight, rows of x]: with the input first, Triton gives every
     # load the same layout, a thread four consecutive words, and nothing goes through shared memory but the last sum.
-    BLOCK_WORDS: tl.constexpr = BLOCK * BITS // 32
-    WHOLE: tl.constexpr = TILE_WORDS >= WORDS  # a program holds all of x, and keeps it for all of its tiles
+    # A program holds all of x, as CHUNKS of TILE_WORDS words, and walks along a tile's rows chunk by chunk.
     FACTOR: tl.constexpr = 16 if BITS == 4 else 1  # of `_dot_quads`
+    BLOCK_WORDS: tl.constexpr = BLOCK * BITS // 32
     word = tl.arange(0, TILE_WORDS)[:, None, None]
-    quad = tl.arange(0, TILE_WORDS // 4)[:, None, None]
     batch = tl.arange(0, M)[None, None, :]
-    words, scale, zero = _weight_tile(w_ptr, scale_ptr, zero_ptr, tl.program_id(0), 0, word, quad,
-                                      OUT, TILE_OUT, WORDS, GROUP_WORDS, GROUPS, HAS_ZEROS, GATED)  # fmt: skip
-    norm = _norm_weights(norm_ptr, perm_ptr, word, IN, BITS, BLOCK, BLOCK_WORDS, WORDS, HAS_NORM and WHOLE, HAS_PERM)
+    words, scale, zero = _weight_tile(
+        w_ptr, scale_ptr, zero_ptr, tl.program_id(0), 0, TILE_WORDS, TILE_WORDS <= WORDS,
+        OUT, TILE_OUT, WORDS, GROUP_WORDS, GROUPS, HAS_ZEROS, GATED,
+    )  # fmt: skip
+    if not INTERPRETED:
+        for n in tl.static_range(1, AHEAD + 1):
+            _tile_to_l2(w_ptr, tl.program_id(0) + n // CHUNKS * programs, n % CHUNKS * TILE_WORDS, TILE_WORDS,
+                        OUT, TILE_OUT, WORDS, GATED)  # fmt: skip
+    norms, held = (), ()
+    for c in tl.static_range(CHUNKS):
+        norms = norms + (_norm_weights(norm_ptr, perm_ptr, c * TILE_WORDS + word,  # noqa: RUF005
+                                       IN, BITS, BLOCK, BLOCK_WORDS, WORDS, HAS_NORM, HAS_PERM),)  # fmt: skip
     start_after_previous(OVERLAP)
-    if WHOLE:
-        high, low, sums, unit, squares = _in_bytes(
-            x_ptr, norm, perm_ptr, word, batch, rows,
+    squares = tl.zeros([TILE_WORDS // 4, 1, M], tl.float32)
+    for c in tl.static_range(CHUNKS):
+        high, low, sums, unit, square = _in_bytes(
+            x_ptr, norms[c], perm_ptr, c * TILE_WORDS + word, batch, rows,
             IN, BITS, BLOCK, BLOCK_WORDS, WORDS, HAS_NORM, HAS_PERM, INTERPRETED,
         )  # fmt: skip
-        if HAS_NORM:
-            inverse = tl.rsqrt(tl.sum(squares, axis=0) / IN + eps)  # [1, M]
+        held = held + ((high, low, sums * unit, unit),)  # noqa: RUF005
+        squares += square
+    if HAS_NORM:
+        inverse = tl.rsqrt(tl.sum(squares, axis=0) / IN + eps)  # [1, M]
     for tile in range(tl.program_id(0), tiles, programs):
         bias, residual = tile_operands(
             tile, bias_ptr, residual_ptr, rows, outputs, OUT, TILE_OUT, M, HAS_BIAS, HAS_RESIDUAL, GATED
         )
         total = tl.zeros([TILE_WORDS // 4, TILE_OUT, M], tl.float32)
-        if not WHOLE:
-            squares = tl.zeros([TILE_WORDS // 4, 1, M], tl.float32)
+        for c in tl.static_range(CHUNKS):
+            next_tile = tile + nought  # with 0 the branch below goes, and the loads with it behind the arithmetic
+            if c + 1 == CHUNKS:
+                next_tile += programs
+            next_words, next_scale, next_zero, origin = words, scale, zero, nought
+            if next_tile < tiles:
+                next_words, next_scale, next_zero = _weight_tile(
+                    w_ptr, scale_ptr, zero_ptr, next_tile, (c + 1) % CHUNKS * TILE_WORDS,
+                    TILE_WORDS, ((c + 1) % CHUNKS + 1) * TILE_WORDS <= WORDS,
+                    OUT, TILE_OUT, WORDS, GROUP_WORDS, GROUPS, HAS_ZEROS, GATED,
+                )  # fmt: skip
+                if EARLY:
+                    origin = after_loads(nought, INTERPRETED)
+            dots = _dot_quads(words, held[c][0], held[c][1], origin, M, BITS, INTERPRETED).to(tl.float32)
+            dots *= held[c][3] / FACTOR
+            if HAS_ZEROS:
+                dots -= held[c][2] * zero.to(tl.float32)
+            else:
+                dots -= held[c][2] * 2.0 ** (BITS - 1)
+            total += scale.to(tl.float32) * dots
+            words, scale, zero = next_words, next_scale, next_zero
+        y = tl.sum(total, axis=0)  # [TILE_OUT, M]
+        if HAS_NORM:
+            y *= inverse
+        finish_tile(y, tile, bias, residual, y_ptr, rows, outputs, TILE_OUT, M, HAS_BIAS, HAS_RESIDUAL, GATED)
+
+
+@triton.jit(do_not_specialize=["tiles", "programs"])
+def _int_matvec_in_pieces(
+    x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, residual_ptr, norm_ptr, perm_ptr, y_ptr,
+    rows, eps, outputs, tiles, programs, nought,
+    IN: tl.constexpr, OUT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP_WORDS: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr,
+    HAS_PERM: tl.constexpr, GATED: tl.constexpr, INTERPRETED: tl.constexpr,
+    M: tl.constexpr, TILE_OUT: tl.constexpr, TILE_WORDS: tl.constexpr, EARLY: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    # As `_int_matvec`, for x that registers do not hold: a tile's words and the x beside them are taken together.
+    BLOCK_WORDS: tl.constexpr = BLOCK * BITS // 32
+    FACTOR: tl.constexpr = 16 if BITS == 4 else 1  # of `_dot_quads`
+    word = tl.arange(0, TILE_WORDS)[:, None, None]
+    batch = tl.arange(0, M)[None, None, :]
+    FULL: tl.constexpr = WORDS % TILE_WORDS == 0
+    words, scale, zero = _weight_tile(w_ptr, scale_ptr, zero_ptr, tl.program_id(0), 0, TILE_WORDS, FULL,
+                                      OUT, TILE_OUT, WORDS, GROUP_WORDS, GROUPS, HAS_ZEROS, GATED)  # fmt: skip
+    start_after_previous(OVERLAP)
+    for tile in range(tl.program_id(0), tiles, programs):
+        bias, residual = tile_operands(
+            tile, bias_ptr, residual_ptr, rows, outputs, OUT, TILE_OUT, M, HAS_BIAS, HAS_RESIDUAL, GATED
+        )
+        total = tl.zeros([TILE_WORDS // 4, TILE_OUT, M], tl.float32)
+        squares = tl.zeros([TILE_WORDS // 4, 1, M], tl.float32)
         for start in range(0, WORDS, TILE_WORDS):
             last = start + TILE_WORDS >= WORDS
             next_tile = tl.where(last, tile + programs, tile)
@@ -380,18 +499,17 @@ def _int_matvec(
             if next_tile < tiles:
                 next_words, next_scale, next_zero = _weight_tile(
                     w_ptr, scale_ptr, zero_ptr, next_tile, tl.where(last, 0, start + TILE_WORDS),
-                    word, quad, OUT, TILE_OUT, WORDS, GROUP_WORDS, GROUPS, HAS_ZEROS, GATED,
+                    TILE_WORDS, FULL, OUT, TILE_OUT, WORDS, GROUP_WORDS, GROUPS, HAS_ZEROS, GATED,
                 )  # fmt: skip
                 if EARLY:
                     origin = after_loads(nought, INTERPRETED)
-            if not WHOLE:
-                tile_norm = _norm_weights(norm_ptr, perm_ptr, start + word,
-                                     IN, BITS, BLOCK, BLOCK_WORDS, WORDS, HAS_NORM, HAS_PERM)  # fmt: skip
-                high, low, sums, unit, square = _in_bytes(
-                    x_ptr, tile_norm, perm_ptr, start + word, batch, rows,
-                    IN, BITS, BLOCK, BLOCK_WORDS, WORDS, HAS_NORM, HAS_PERM, INTERPRETED,
-                )  # fmt: skip
-                squares += square
+            norm = _norm_weights(norm_ptr, perm_ptr, start + word,
+                                 IN, BITS, BLOCK, BLOCK_WORDS, WORDS, HAS_NORM, HAS_PERM)  # fmt: skip
+            high, low, sums, unit, square = _in_bytes(
+                x_ptr, norm, perm_ptr, start + word, batch, rows,
+                IN, BITS, BLOCK, BLOCK_WORDS, WORDS, HAS_NORM, HAS_PERM, INTERPRETED,
+            )  # fmt: skip
+            squares += square
             dots = _dot_quads(words, high, low, origin, M, BITS, INTERPRETED).to(tl.float32) * (unit / FACTOR)
             if HAS_ZEROS:
                 dots -= unit * sums * zero.to(tl.float32)
@@ -401,21 +519,31 @@ def _int_matvec(
             words, scale, zero = next_words, next_scale, next_zero
         y = tl.sum(total, axis=0)  # [TILE_OUT, M]
         if HAS_NORM:
-            if not WHOLE:
-                inverse = tl.rsqrt(tl.sum(squares, axis=0) / IN + eps)
-            y *= inverse
+            y *= tl.rsqrt(tl.sum(squares, axis=0) / IN + eps)
         finish_tile(y, tile, bias, residual, y_ptr, rows, outputs, TILE_OUT, M, HAS_BIAS, HAS_RESIDUAL, GATED)
+
+
+@triton.jit
+def first_row(tile, TILE_OUT: tl.constexpr, GATED: tl.constexpr):
+    """The row of the weight that a tile begins with."""
+    return tile * (TILE_OUT // 2 if GATED else TILE_OUT)
+
+
+@triton.jit
+def row_in_tile(OUT: tl.constexpr, TILE_OUT: tl.constexpr, GATED: tl.constexpr):
+    """The rows of a tile, counted from its first. A gate's row stands beside its partner."""
+    lane = tl.arange(0, TILE_OUT)
+    if GATED:
+        return lane // 2 + lane % 2 * (OUT // 2)
+    else:
+        return lane
 
 
 @triton.jit
 def row_of_tile(tile, OUT: tl.constexpr, TILE_OUT: tl.constexpr, GATED: tl.constexpr):
     """The rows of the weight in a tile, and whether they are there. A gate's row stands beside its partner."""
-    lane = tl.arange(0, TILE_OUT)
-    here = tile * TILE_OUT + lane < OUT
-    if GATED:
-        return tile * (TILE_OUT // 2) + (lane // 2 + lane % 2 * (OUT // 2)), here
-    else:
-        return tile * TILE_OUT + lane, here
+    here = tile * TILE_OUT + tl.arange(0, TILE_OUT) < OUT
+    return first_row(tile, TILE_OUT, GATED) + row_in_tile(OUT, TILE_OUT, GATED), here
 
 
 @triton.jit
