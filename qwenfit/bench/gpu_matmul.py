@@ -30,21 +30,27 @@ from qwenfit.kernels.triton.int_matmul import int_matmul, int_matmul_reference
 from qwenfit.kernels.triton.int_matvec import MAX_ROWS, BlockedWeight, int_matvec
 
 COMPILERS = 14
-ROWS = (4, 8, 16, 32, 64)
-TILES = {  # rows of x in a tile -> rows of the weight, warps, stages, unroll
-    16: ((64, 4, 4, 1), (64, 4, 6, 1), (128, 4, 4, 1), (128, 8, 4, 1), (64, 2, 4, 1), (64, 4, 3, 2), (32, 2, 4, 1)),
-    32: ((64, 4, 4, 1), (128, 4, 3, 1), (128, 8, 4, 1), (64, 2, 4, 1), (64, 4, 3, 2)),
-    64: ((64, 4, 4, 1), (128, 8, 3, 1), (64, 8, 4, 1), (64, 4, 2, 1)),
-}
-WAVES = (2.6, 5.2)  # programs for each core that the splits of the input aim at
+ROWS = (3, 4, 8, 16, 32, 64, 128, 256)
+TILES = {  # rows of x in a tile -> rows of the weight, warps, stages, unroll, and whether x is in floats
+    16: ((64, 4, 4, 1, 0), (64, 4, 6, 1, 0), (128, 4, 4, 1, 0), (128, 8, 4, 1, 0), (64, 2, 4, 1, 0), (64, 4, 3, 2, 0),
+         (32, 2, 4, 1, 0)),
+    32: ((64, 4, 4, 1, 0), (128, 4, 3, 1, 0), (64, 2, 4, 1, 0), (64, 4, 3, 2, 0), (64, 4, 3, 1, 1)),
+    64: ((64, 4, 4, 1, 0), (64, 4, 2, 1, 0), (64, 4, 3, 1, 1), (128, 8, 3, 1, 1), (64, 4, 2, 1, 1)),
+    128: ((128, 8, 2, 1, 1), (128, 8, 3, 1, 1), (64, 4, 3, 1, 1), (64, 4, 2, 1, 1)),
+}  # fmt: skip
+WAVES = {16: (2.6, 5.2), 32: (2.6, 5.2), 64: (1, 2.6), 128: (1, 2)}  # programs for each core that splits aim at
 
 
 def matmul_configs(out: int, rows: int) -> Iterable[dict[str, int]]:
-    m = max(16, rows)
+    m = min(128, max(16, 1 << (rows - 1).bit_length()))
     cores = torch.cuda.get_device_properties().multi_processor_count if GPU else 1
-    for tile, warps, stages, unroll in TILES[m]:
-        for splits in sorted({min(8, max(1, round(wave * cores * tile / out))) for wave in WAVES}):
-            yield {"m": m, "rows": tile, "warps": warps, "stages": stages, "unroll": unroll, "splits": splits}
+    for tile, warps, stages, unroll, floats in TILES[m]:
+        tiles = -(-out // tile) * -(-rows // m)
+        for splits in sorted({min(8, max(1, round(wave * cores / tiles))) for wave in WAVES[m]}):
+            yield {
+                "m": m, "rows": tile, "warps": warps, "stages": stages, "unroll": unroll, "splits": splits,
+                "floats": floats,
+            }  # fmt: skip
 
 
 def time_shape(bits: int, inputs: int, out: int, seconds: float) -> list[Figures]:
@@ -57,13 +63,14 @@ def time_shape(bits: int, inputs: int, out: int, seconds: float) -> list[Figures
         if time.perf_counter() - began > seconds:
             break
         x = torch.randn(rows, inputs, device=DEVICE, dtype=torch.bfloat16)
-        arranged = arrange(x, weights[0])
+        arranged = {floats: arrange(x, weights[0], integers=not floats) for floats in (0, 1)}
         timed: list[tuple[float, dict[str, int]]] = []
         for config in matmul_configs(out, rows):
             try:
-                y = int_matmul(arranged, weights[0], config=config)
+                own = arranged[config["floats"]]
+                y = int_matmul(own, weights[0], config=config)
                 run: list[Callable[[], object]] = [
-                    partial(int_matmul, arranged, one, None, None, x.dtype, y, config) for one in weights
+                    partial(int_matmul, own, one, None, None, x.dtype, y, config) for one in weights
                 ]
                 timed.append((time_us(run), config))
             except Exception as failure:  # a config may want more shared memory than there is
@@ -76,7 +83,9 @@ def time_shape(bits: int, inputs: int, out: int, seconds: float) -> list[Figures
         }
         if rows <= MAX_ROWS:
             out_of["matvec"] = [partial(int_matvec, x, one) for one in weights]
-        got = int_matmul(arranged, weights[0], None, None, x.dtype, torch.full_like(y, torch.nan), config)
+        got = int_matmul(
+            arranged[config["floats"]], weights[0], None, None, x.dtype, torch.full_like(y, torch.nan), config
+        )
         line = {
             "bits": bits, "shape": f"{inputs}->{out}", "rows": rows, "us": us, "config": config,
             "gb_s": weights[0].nbytes / us / 1e3, "error": relative_error(got, int_matmul_reference(x, weights[0])),
@@ -102,13 +111,13 @@ def compile_part(models: str, bits: list[int], part: int) -> None:
     for width in bits:
         for inputs, out in shapes_of(models):
             weight = empty_blocked(width, inputs, out)
-            for rows in sorted({max(16, rows) for rows in ROWS}):
+            for rows in (16, 32, 64, 128):
                 for config in matmul_configs(out, rows):
                     seen += 1
                     if seen % COMPILERS == part:
                         try:
-                            int_matmul(arrange(torch.ones(rows, inputs, device=DEVICE).bfloat16(), weight), weight,
-                                       config=config)  # fmt: skip
+                            x = torch.ones(rows, inputs, device=DEVICE, dtype=torch.bfloat16)
+                            int_matmul(arrange(x, weight, integers=not config["floats"]), weight, config=config)
                         except Exception:  # told when it is timed
                             traceback.print_exc()
 

@@ -51,28 +51,33 @@ def test_activations_in_stored_order(bits: int, out: int, inputs: int, group: in
     x = random(5, inputs * (2 if kind == "gated" else 1))
     norm = random(inputs) if kind == "normed" else None
     got, expected = (make(x, packed, norm, 1e-5, kind == "gated") for make in (arrange, arrange_reference))
-    assert got.integers.shape == expected.integers.shape and got.rows == 5
+    assert got.values.shape == expected.values.shape and got.integers and got.rows == 5
     assert error(got.units, expected.units) < 1e-3  # a sum of integers near 0 is what a rounding of each makes it
     values = [
-        (made.integers[0].float() * 256 + made.integers[1]).view(5, -1, packed.block) * made.units[0].T[..., None]
+        (made.values[0].float() * 256 + made.values[1]).view(5, -1, packed.block) * made.units[0].T[..., None]
         for made in (got, expected)
     ]
     assert error(*values) < 1e-4
     largest = values[1].abs().amax(-1)
     assert torch.allclose(largest, got.units[0].T * LARGEST, rtol=1e-4)
+    got, expected = (make(x, packed, norm, 1e-5, kind == "gated", False) for make in (arrange, arrange_reference))
+    assert not got.integers and error(got.values, expected.values) < 1e-6
+    assert error(got.units, expected.units) < 1e-5
 
 
+@pytest.mark.parametrize("integers", [True, False], ids=["integers", "floats"])
 @pytest.mark.parametrize("changes", [{}, {"splits": 3}, {"rows": 32, "m": 32, "unroll": 2}], ids=str)
 @pytest.mark.parametrize(("bits", "out", "inputs", "group", "zeros"), CASES)
 def test_many_rows_times_an_integer_weight(
-    bits: int, out: int, inputs: int, group: int, zeros: str, changes: dict[str, int]
+    bits: int, out: int, inputs: int, group: int, zeros: str, changes: dict[str, int], integers: bool
 ) -> None:
     packed = packed_weight(bits, out, inputs, group, zeros, permuted=True)
     x, bias, residual = random(19, inputs), random(out), random(19, out)
     config = {**SMALL, **changes}
-    y = int_matmul(arrange(x, packed), packed, bias, residual, torch.float32, poisoned(19, out), config)
+    arranged = arrange(x, packed, integers=integers)
+    y = int_matmul(arranged, packed, bias, residual, torch.float32, poisoned(19, out), config)
     assert error(y, int_matmul_reference(x, packed, bias, residual)) < 1e-4
-    plain = int_matmul(arrange(x, packed), packed, None, None, torch.float32, poisoned(19, out), config)
+    plain = int_matmul(arranged, packed, None, None, torch.float32, poisoned(19, out), config)
     assert error(plain, int_matmul_reference(x, packed)) < 1e-4
 
 

@@ -1,4 +1,8 @@
-"""Activations as the integers that int_matmul.py multiplies with codes, in the order in which a weight stores them."""
+"""Activations as int_matmul.py multiplies them with codes: in the order in which a weight stores its columns.
+
+As integers for some rows, of which the tensor cores take twice as many bytes as bfloat16; as they are for many rows,
+where two products of bytes would take as long as one of bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +22,20 @@ _BLOCKS = 8  # of a program
 
 @dataclass
 class Arranged:
-    """x [rows, in] as integers of 16 bits that share a unit in each block of a weight's columns."""
+    """x [rows, in] in stored order, padded to blocks: integers of 16 bits that share a unit in a block, or as it is."""
 
-    integers: torch.Tensor  # int8 [2, rows, in padded to blocks]: high bytes, then low ones, both signed
-    units: torch.Tensor  # float32 [2, blocks, rows]: the unit, and the sum of the block's integers times the unit
+    values: (
+        torch.Tensor
+    )  # int8 [2, rows, padded]: high bytes, then low ones, both signed; or x's dtype [1, rows, padded]
+    units: torch.Tensor  # float32 [2, blocks, rows]: the unit (1 without integers), and the sum of the block's x
 
     @property
     def rows(self) -> int:
-        return self.integers.shape[1]
+        return self.values.shape[1]
+
+    @property
+    def integers(self) -> bool:
+        return self.values.dtype == torch.int8
 
 
 def stored_order(bits: int, block: int) -> torch.Tensor:
@@ -43,19 +53,25 @@ def arrange_reference(
     norm: torch.Tensor | None = None,
     eps: float = 1e-6,
     gated: bool = False,
+    integers: bool = True,
 ) -> Arranged:
     """RMSNorm of x [rows, in] if `norm` [in] is given; or silu(first half) * second half of x [rows, 2 in] if gated."""
+    dtype = x.dtype
     x = silu_mul_reference(x.float()) if gated else normalised(x, norm, eps)
     if weight.perm is not None:
         x = x[:, weight.perm]
     blocks = -(-weight.in_features // weight.block)
     x = torch.nn.functional.pad(x, (0, blocks * weight.block - weight.in_features)).view(len(x), blocks, weight.block)
     x = x[:, :, stored_order(weight.bits, weight.block).to(x.device)]
+    if not integers:
+        x = x.to(dtype)
+        units = torch.stack((torch.ones_like(x[..., 0]).float(), x.float().sum(-1)))
+        return Arranged(x.flatten(1)[None], units.transpose(1, 2).contiguous())
     unit = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / LARGEST
-    integers = (x / unit).round().int()
-    low = ((integers + 128) & 255) - 128
-    planes = torch.stack((integers - low >> 8, low)).to(torch.int8).flatten(2)
-    units = torch.stack((unit[..., 0], integers.sum(-1) * unit[..., 0])).transpose(1, 2).contiguous()
+    whole = (x / unit).round().int()
+    low = ((whole + 128) & 255) - 128
+    planes = torch.stack((whole - low >> 8, low)).to(torch.int8).flatten(2)
+    units = torch.stack((unit[..., 0], whole.sum(-1) * unit[..., 0])).transpose(1, 2).contiguous()
     return Arranged(planes, units)
 
 
@@ -65,26 +81,28 @@ def arrange(
     norm: torch.Tensor | None = None,
     eps: float = 1e-6,
     gated: bool = False,
+    integers: bool = True,
 ) -> Arranged:
     """`arrange_reference` in one kernel; x is contiguous. Of `weight` only the layout counts."""
     rows, blocks = x.shape[0], -(-weight.in_features // weight.block)
-    integers = torch.empty(2, rows, blocks * weight.block, dtype=torch.int8, device=x.device)
+    shape, dtype = (2 if integers else 1, rows, blocks * weight.block), torch.int8 if integers else x.dtype
+    values = torch.empty(shape, dtype=dtype, device=x.device)
     units = torch.empty(2, blocks, rows, dtype=torch.float32, device=x.device)
     _arrange[(rows, triton.cdiv(blocks, _BLOCKS))](
-        x, norm, weight.perm, integers, units, rows, eps,
+        x, norm, weight.perm, values, units, rows, eps,
         IN=weight.in_features, BLOCKS=blocks, BLOCK=weight.block, BITS=weight.bits, LARGEST=LARGEST, TILE=_BLOCKS,
         LANES=triton.next_power_of_2(weight.in_features), HAS_NORM=norm is not None,
-        HAS_PERM=weight.perm is not None, GATED=gated, num_warps=4, **options(x),
+        HAS_PERM=weight.perm is not None, GATED=gated, INTEGERS=integers, num_warps=4, **options(x),
     )  # fmt: skip
-    return Arranged(integers, units)
+    return Arranged(values, units)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _arrange(
-    x_ptr, norm_ptr, perm_ptr, integer_ptr, unit_ptr, rows, eps,
+    x_ptr, norm_ptr, perm_ptr, value_ptr, unit_ptr, rows, eps,
     IN: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, LARGEST: tl.constexpr,
     TILE: tl.constexpr, LANES: tl.constexpr, HAS_NORM: tl.constexpr, HAS_PERM: tl.constexpr, GATED: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    INTEGERS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     ROUND: tl.constexpr = 12582912.0  # 1.5 * 2^23: added, a float's lowest bits are its nearest integer
     row = tl.program_id(0).to(tl.int64)
@@ -112,16 +130,22 @@ def _arrange(
         lane = tl.arange(0, LANES)
         whole = tl.load(x_ptr + row * IN + lane, mask=lane < IN, other=0.0).to(tl.float32)
         x = x * (weight * tl.rsqrt(tl.sum(whole * whole, axis=0) / IN + eps))
-    top = tl.maximum(tl.max(tl.abs(x), axis=1, keep_dims=True), 1e-30)
-    shifted = x * (LARGEST / top) + ROUND
-    integer = shifted.to(tl.int32, bitcast=True) - 0x4B400000
-    low = ((integer + 128) & 255) - 128
-    high = (integer - low) >> 8
     here = block < BLOCKS
     at = row * (BLOCKS * BLOCK) + block * BLOCK + place
-    tl.store(integer_ptr + at, high.to(tl.int8), mask=here)
-    tl.store(integer_ptr + rows.to(tl.int64) * (BLOCKS * BLOCK) + at, low.to(tl.int8), mask=here)
-    unit = top / LARGEST
-    sums = tl.sum(shifted - ROUND, axis=1, keep_dims=True) * unit
+    if INTEGERS:
+        top = tl.maximum(tl.max(tl.abs(x), axis=1, keep_dims=True), 1e-30)
+        shifted = x * (LARGEST / top) + ROUND
+        integer = shifted.to(tl.int32, bitcast=True) - 0x4B400000
+        low = ((integer + 128) & 255) - 128
+        high = (integer - low) >> 8
+        tl.store(value_ptr + at, high.to(tl.int8), mask=here)
+        tl.store(value_ptr + rows.to(tl.int64) * (BLOCKS * BLOCK) + at, low.to(tl.int8), mask=here)
+        unit = top / LARGEST
+        sums = tl.sum(shifted - ROUND, axis=1, keep_dims=True) * unit
+    else:
+        rounded = x.to(value_ptr.dtype.element_ty)
+        tl.store(value_ptr + at, rounded, mask=here)
+        sums = tl.sum(rounded.to(tl.float32), axis=1, keep_dims=True)
+        unit = sums * 0.0 + 1.0
     tl.store(unit_ptr + block * rows + row, unit, mask=here)
     tl.store(unit_ptr + (BLOCKS + block) * rows + row, sums, mask=here)

@@ -9,11 +9,11 @@ from torch.nn.functional import linear
 
 from qwenfit.kernels.choice import INT_MATMUL_ROWS, INT_MATVEC_ROWS, MATVEC_ROWS
 from qwenfit.kernels.triton import bf16_matvec, int_matvec
-from qwenfit.kernels.triton.arrange import arrange
+from qwenfit.kernels.triton.arrange import Arranged, arrange
 from qwenfit.kernels.triton.dequantise import dequantised
 from qwenfit.kernels.triton.fused_norm import add_norm
 from qwenfit.kernels.triton.gate import silu_mul
-from qwenfit.kernels.triton.int_matmul import has_int_matmul, int_matmul
+from qwenfit.kernels.triton.int_matmul import has_int_matmul, int_matmul, prefers_integers
 from qwenfit.kernels.triton.int_matvec import BlockedWeight
 
 Weight = torch.Tensor | BlockedWeight
@@ -34,8 +34,8 @@ def product(
     if isinstance(weight, BlockedWeight):
         if rows <= INT_MATVEC_ROWS:
             return int_matvec.int_matvec(x, weight, bias, residual, norm, eps, gated)
-        if _as_integers(weight, x):
-            y = int_matmul(arrange(x, weight, norm, eps), weight, bias, residual, x.dtype)
+        if _has_matmul(weight, x):
+            y = int_matmul(_arranged(x, weight, norm, eps), weight, bias, residual, x.dtype)
             return silu_mul(y) if gated else y
     elif rows <= MATVEC_ROWS:
         return bf16_matvec.bf16_matvec(x, weight, bias, residual, norm, eps, gated, dtype)
@@ -49,9 +49,9 @@ def product(
 
 def mlp(x: torch.Tensor, gate_up: Weight, down: Weight, norm: torch.Tensor, eps: float) -> torch.Tensor:
     """x + down(silu(gate) * up) of RMSNorm(x), [rows, width]; the halves of `gate_up` are gate and up."""
-    if len(x) > INT_MATVEC_ROWS and _as_integers(gate_up, x) and _as_integers(down, x):
-        both = int_matmul(arrange(x, gate_up, norm, eps), gate_up, dtype=x.dtype)
-        return int_matmul(arrange(both, down, gated=True), down, None, x, x.dtype)  # its integers are of the gated
+    if len(x) > INT_MATVEC_ROWS and _has_matmul(gate_up, x) and _has_matmul(down, x):
+        both = int_matmul(_arranged(x, gate_up, norm, eps), gate_up, dtype=x.dtype)
+        return int_matmul(_arranged(both, down, gated=True), down, None, x, x.dtype)
     return product(product(x, gate_up, norm=norm, eps=eps, gated=True), down, residual=x)
 
 
@@ -59,14 +59,20 @@ def many_rows(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> tor
     """x [rows, in] -> [rows, out]; by the tensor cores."""
     if not isinstance(weight, BlockedWeight):
         return linear(x, weight, bias)
-    if _as_integers(weight, x):
-        return int_matmul(arrange(x.contiguous(), weight), weight, bias, None, x.dtype)
+    if _has_matmul(weight, x):
+        return int_matmul(_arranged(x.contiguous(), weight), weight, bias, None, x.dtype)
     if weight.perm is not None:
         x = x.index_select(1, weight.perm)
     return linear(x, dequantised(weight, x.dtype), bias)
 
 
-def _as_integers(weight: Weight, x: torch.Tensor) -> TypeGuard[BlockedWeight]:
+def _arranged(
+    x: torch.Tensor, weight: BlockedWeight, norm: torch.Tensor | None = None, eps: float = 1e-6, gated: bool = False
+) -> Arranged:
+    return arrange(x, weight, norm, eps, gated, prefers_integers(weight, len(x)))
+
+
+def _has_matmul(weight: Weight, x: torch.Tensor) -> TypeGuard[BlockedWeight]:
     """Whether `int_matmul` takes the weight and so many rows, those that `int_matvec` would be faster for apart."""
     return isinstance(weight, BlockedWeight) and x.shape[0] <= INT_MATMUL_ROWS and has_int_matmul(weight)
 

@@ -86,6 +86,8 @@ def _rule(kernel: str, shape: tuple[int, ...]) -> Config:
         tiles = -(-shape[2] // 64)
         splits = next((n for n in (1, 2, 4) if n * tiles >= 3 * _cores()), 4)
         m = min(64, max(16, 1 << (rows - 1).bit_length()))
+        if rows > 64:
+            return {"m": 128, "rows": 64, "warps": 4, "stages": 3, "splits": max(1, splits // 2), "floats": 1}
         return {"m": m, "rows": 64, "warps": 4, "stages": 2 if m == 64 else 4, "splits": splits}
     if kernel == "decode_heads":
         return {"tokens": 64 if shape[0] == 1 else 32, "warps": 4}
