@@ -16,6 +16,7 @@ from qwenfit.tune.config import (
     MASKS,
     MOMENTS,
     ON_LONG,
+    PRECISIONS,
     SCHEDULES,
     TuneConfig,
     make_config,
@@ -77,6 +78,7 @@ CHOICES = {
     "format": FORMATS,
     "on_long": ON_LONG,
     "method": tuple(FINETUNE_METHODS),
+    "precision": PRECISIONS,
     "mask": MASKS,
     "schedule": SCHEDULES,
     "optimizer": tuple(OPTIMIZERS),
@@ -112,7 +114,7 @@ def _short(name: str) -> tuple[str, ...]:
 @click.command()
 @click.argument("model", required=False)
 @click.option("--config", "file", type=click.Path(path_type=Path), help="settings in YAML; flags win over them")
-@click.option("--preview", type=int, help="show so many samples, trained tokens marked, and leave")
+@click.option("--preview", type=click.IntRange(min=0), help="show so many samples, trained tokens marked, and leave")
 @setting_options
 def tune(model: str | None, file: Path | None, preview: int | None, **given: Any) -> int:
     """Finetune MODEL on conversations or text, in the memory that the plan says.

@@ -20,6 +20,7 @@ from qwenfit.checkpoint.bounded import read_json_object
 from qwenfit.errors import QwenfitError
 
 MANIFEST = "MANIFEST.json"
+MAKE_ROOM = "Make room or mend that, then run the same command again with --resume."
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -61,21 +62,28 @@ def save(
         _flush(root)
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
-        if not _is_disk_error(error):
+        if not is_disk_error(error):
             raise
         last = newest(root)[0]
         kept = f"{last.name} is untouched" if last is not None else "there is no earlier one"
         raise QwenfitError(
-            f"The checkpoint of step {step} cannot be written to {root}: {_reason(error)}; {kept}.",
-            "Make room or name another folder (--output), then run again with --resume.",
+            f"The checkpoint of step {step} cannot be written to {root}: {_reason(error)}; {kept}.", MAKE_ROOM
         ) from error
     if not problem(final):
         _prune(root, keep_last, protect)
     return final
 
 
-def _is_disk_error(error: Exception) -> bool:
+def is_disk_error(error: Exception) -> bool:
     return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
+
+
+def not_written(error: Exception, output: Path) -> QwenfitError:
+    """The error to show where something else than a checkpoint cannot be written to a run's folder."""
+    last = newest(output / "checkpoints")[0]
+    kept = f"{last.name} is untouched" if last is not None else "there is no checkpoint yet"
+    where = getattr(error, "filename", None) or output
+    return QwenfitError(f"The run cannot go on: {where}: {_reason(error)}; {kept}.", MAKE_ROOM)
 
 
 def _reason(error: Exception) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from qwenfit.errors import NotFound, UsageError, missing_extra, nearest
 from qwenfit.planning.task import FINETUNE_METHODS, OPTIMIZERS, check_choice, check_count
 
+PRECISIONS = ("bf16", "fp32", "int8", "int4")
 MASKS = ("assistant_only", "qwen1", "all")
 KEEPS = ("inputs", "attention", "all")
 SCHEDULES = ("cosine", "constant")
@@ -93,9 +94,11 @@ class TuneConfig:
                 object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         _check_types(self)
         self._check_choices()
-        for name in ("seq_len", "micro_batch", "grad_accum", "lora_rank", "save_every", "keep_last", "log_every"):
+        if not self.output:
+            raise UsageError("The run's folder has no name.", "--output FOLDER")
+        check_count("seq_len", self.seq_len, least=2)
+        for name in ("micro_batch", "grad_accum", "lora_rank", "save_every", "keep_last", "log_every", "max_bad_steps"):
             check_count(name, getattr(self, name))
-        check_count("max_bad_steps", self.max_bad_steps)
         for name in ("eval_every", "patience", "seed"):
             check_count(name, getattr(self, name), least=0)
         if self.max_steps is not None:
@@ -121,6 +124,8 @@ class TuneConfig:
             check_choice("method", self.method, FINETUNE_METHODS)
         if self.format is not None:
             check_choice("format", self.format, FORMATS)
+        if self.precision is not None:
+            check_choice("precision", self.precision, PRECISIONS)
         for name, known in (
             ("mask", MASKS),
             ("on_long", ON_LONG),
@@ -196,13 +201,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is no YAML{where}: {reason[:160]}.") from error
     if not isinstance(table, dict) or not all(isinstance(key, str) for key in table):
         raise UsageError(f"{path} must be a mapping of settings, such as `model: Qwen2.5-0.5B`.")
-    return {key.replace("-", "_"): value for key, value in table.items()}
+    names = [key.replace("-", "_") for key in table]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UsageError(f"{path} has the setting {twice} twice.")
+    return dict(zip(names, table.values(), strict=True))
 
 
 def _numbers_as_meant(yaml: Any) -> Any:
-    """The safe loader, without aliases (a small file can grow beyond any memory with them), reading 1e-4 as a number.
+    """The safe loader, without aliases (a small file can grow beyond any memory with them) and without a key twice.
 
-    YAML 1.1 takes 1e-4 for text since it has no point.
+    It reads 1e-4 as a number, which YAML 1.1 takes for text since it has no point.
     """
     import re
 
@@ -211,6 +220,12 @@ def _numbers_as_meant(yaml: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
                 raise yaml.YAMLError("aliases are not used in settings")
             return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            table = super().construct_mapping(node, deep)
+            if len(table) < len(node.value):
+                raise yaml.YAMLError("a key is there twice")
+            return table
 
     number = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))

@@ -15,7 +15,7 @@ from qwenfit.checkpoint.resolve import resolve_model
 from qwenfit.checkpoint.save import new_folder, plain_entries, write_weights
 from qwenfit.checkpoint.weights import FLOAT_DTYPES, CanonicalWeights
 from qwenfit.config import ModelConfig
-from qwenfit.errors import UsageError
+from qwenfit.errors import NotFound, UsageError
 from qwenfit.tune.model_folder import write_model_files
 from qwenfit.tune.peft_format import Adapter, read_adapter
 
@@ -72,8 +72,10 @@ def merge(
 
 
 def _named_base(adapter: Path) -> str:
-    table = read_json_object(adapter / "adapter_config.json") if (adapter / "adapter_config.json").exists() else {}
-    named = table.get("base_model_name_or_path")
+    file = adapter / "adapter_config.json"
+    if not file.exists():
+        raise NotFound(f"{adapter} holds no adapter: it has no {file.name}.", "qwenfit merge RUN/adapter TARGET")
+    named = read_json_object(file).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise UsageError(f"{adapter} does not name its base model.", "--base MODEL")
     return named

@@ -68,6 +68,19 @@ def _check_method(model: ModelConfig, method: str, config: TuneConfig) -> None:
             f"{model.name} holds int{model.quantization.bits} weights, which {method} cannot train.",
             "--method qlora, or the 16-bit checkpoint.",
         )
+    packed = config.precision in ("int4", "int8")
+    if packed and method != "qlora":
+        raise UsageError(f"{config.precision} weights cannot be trained by {method}.", "--method qlora")
+    if method == "qlora" and config.precision is not None and not packed:
+        raise UsageError(
+            f"Q-LoRA trains adapters beside int4 or int8 weights, not {config.precision}.",
+            "--precision int4, or --method lora",
+        )
+    if config.seq_len > model.context_length:
+        raise UsageError(
+            f"{model.name} is made for {model.context_length:,} tokens, and a sample has {config.seq_len:,}.",
+            f"--seq-len {model.context_length}",
+        )
     if config.offload and config.device == "cpu":
         raise UsageError("Offload moves activations from a GPU to host memory; this run is on the CPU.")
 

@@ -6,12 +6,13 @@ import json
 import os
 import sys
 import time
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from qwenfit.bench.memory import process_bytes
-from qwenfit.errors import NotFound
+from qwenfit.errors import NotFound, QwenfitError
 from qwenfit.planning.types import Plan
 from qwenfit.tune.config import TuneConfig
 from qwenfit.tune.plot import line_chart
@@ -85,9 +86,9 @@ class Progress:
 
     def close(self) -> None:
         """Ends the bar and the writers, and draws the loss."""
-        self.file.close()
         if self.bar is not None:
             self.bar.stop()
+        self.file.close()
         if self.board is not None:
             self.board.close()
         if self.wandb is not None:
@@ -134,10 +135,18 @@ def _bar() -> Any:
 
 
 def require_reporters(config: TuneConfig) -> None:
-    """Raises NotFound, naming the package, for a reporter that was asked for and is not installed."""
-    for wanted, package in ((config.tensorboard, "tensorboard"), (config.wandb, "wandb")):
+    """Raises NotFound, naming the package, for a reporter that was asked for and cannot be used."""
+    reporters = ((config.tensorboard, "tensorboard", "torch.utils.tensorboard"), (config.wandb, "wandb", "wandb"))
+    for wanted, package, module in reporters:
         if wanted and find_spec(package) is None:
             raise NotFound(f"This needs the package {package}, which is not installed.", f"pip install {package}")
+        try:
+            if wanted:
+                import_module(module)
+        except ImportError as error:
+            raise NotFound(
+                f"The package {package} is installed and cannot be imported: {error}.", f"pip install -U {package}"
+            ) from error
 
 
 def _tensorboard(folder: Path) -> Any:
@@ -149,4 +158,8 @@ def _tensorboard(folder: Path) -> Any:
 def _wandb(config: TuneConfig) -> Any:
     import wandb  # type: ignore[import-not-found, unused-ignore]
 
-    return wandb.init(project=config.wandb, config=config.to_dict(), dir=config.output)
+    try:
+        return wandb.init(project=config.wandb, config=config.to_dict(), dir=config.output)
+    except Exception as error:  # whatever it raises: no account, no network, a bad name
+        reason = " ".join(str(error).split())[:200]
+        raise QwenfitError(f"W&B begins no run: {reason}.", "wandb login, or WANDB_MODE=offline") from error

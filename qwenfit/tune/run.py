@@ -81,11 +81,14 @@ def tune(
         try:
             loading = stderr_progress("loading") if world.rank == 0 else None
             setup = set_up(config, base, made.precision, world, list(data.new_tokens), found, data.digest, loading)
-            say(world.describe(setup.model, setup.optimizer))
+            if described := world.describe(setup.model, setup.optimizer):
+                say(described)
             return _train(setup, data, made, stop, step, say)
         except Exception as error:
             if is_out_of_memory(error):
                 raise out_of_memory(error, made, config, step[0] + 1) from None
+            if checkpoint.is_disk_error(error):
+                raise checkpoint.not_written(error, Path(config.output)) from error
             raise
 
 

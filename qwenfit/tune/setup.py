@@ -78,6 +78,9 @@ def prepare_folder(config: TuneConfig, say: Callable[[str], None]) -> Path | Non
     root = output / "checkpoints"
     if checkpoint.checkpoints(root) and not config.resume:
         raise UsageError(f"{output} holds a run already.", "Add --resume to go on with it, or name another --output.")
+    result = output / ("model" if config.method == "full" else "adapter")
+    if result.exists() and not checkpoint.checkpoints(root):
+        raise UsageError(f"{result} is there already, and the run's result would replace it.", "Name another --output.")
     try:
         output.mkdir(parents=True, exist_ok=True)
         probe = output / ".writable"

@@ -12,9 +12,10 @@ from qwenfit.config import ModelConfig
 from qwenfit.errors import UsageError
 from qwenfit.planning.planner import resolve
 from qwenfit.tune.config import TuneConfig
-from qwenfit.tune.data.dataset import load_samples
-from qwenfit.tune.data.load import load_data
-from qwenfit.tune.data.preview import preview_text
+from qwenfit.tune.data.dataset import load_samples, split
+from qwenfit.tune.data.load import load_data, rows_of
+from qwenfit.tune.data.preview import preview_text, steps_text
+from qwenfit.tune.processes import processes
 from qwenfit.tune.run import Data, start
 
 Say = Callable[[str], None]
@@ -39,7 +40,9 @@ def preview_samples(config: TuneConfig, count: int, echo: Say) -> int:
         config.data, tokenizer, config.mask, config.seq_len,
         form=config.format, on_long=config.on_long, skip_bad=config.skip_bad, seed=config.seed,
     )  # fmt: skip
+    samples = split(found.samples, config.eval_share, config.seed)[0] if config.eval_share else found.samples
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    echo(preview_text(found.samples, tokenizer, count, colour))
+    echo(preview_text(samples, tokenizer, count, colour))
     echo(found.statistics.summary())
+    echo(steps_text(config, rows_of(config, samples, tokenizer), processes()[1]))
     return 0

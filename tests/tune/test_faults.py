@@ -15,7 +15,7 @@ import torch
 from tune.tiny import network, result_of, samples, save_hf, settings, source, tune_tiny
 
 from qwenfit.errors import DoesNotFit, QwenfitError, UsageError
-from qwenfit.tune import checkpoint, loss, planned
+from qwenfit.tune import checkpoint, loss, planned, progress
 from qwenfit.tune.adapters import LoRALinear
 from qwenfit.tune.batch import IGNORE
 from qwenfit.tune.loop import Diverged
@@ -123,6 +123,40 @@ def test_a_folder_that_becomes_read_only_leaves_the_earlier_checkpoint_and_says_
     with pytest.raises(QwenfitError, match="Read-only file system; step-00000002 is untouched"):
         tune_tiny(run_of(base))
     assert not checkpoint.problem(base.parent / "run" / "checkpoints" / "step-00000002")
+
+
+def test_metrics_that_cannot_be_written_end_the_run_in_one_sentence(base, monkeypatch):
+    class Full:
+        def write(self, text):
+            if '"step": 4' in text:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def flush(self): ...
+
+        def close(self): ...
+
+    begun = progress.Progress.__init__
+
+    def init(self, *arguments):
+        begun(self, *arguments)
+        self.file.close()
+        self.file = Full()
+
+    monkeypatch.setattr(progress.Progress, "__init__", init)
+    with pytest.raises(QwenfitError, match="No space left on device; step-00000002 is untouched") as caught:
+        tune_tiny(run_of(base))
+    assert "--resume" in caught.value.hint
+
+
+@pytest.mark.parametrize(("method", "result"), [("lora", "adapter"), ("full", "model")])
+def test_a_folder_that_is_no_runs_result_is_not_replaced(base, method, result):
+    mine = base.parent / "run" / result
+    mine.mkdir(parents=True)
+    (mine / "precious").write_text("")
+    for resume in (False, True):
+        with pytest.raises(UsageError, match="would replace it"):
+            tune_tiny(run_of(base, method=method, resume=resume))
+    assert (mine / "precious").exists()
 
 
 def test_too_little_room_is_said_before_the_first_step(base, monkeypatch):

@@ -198,6 +198,8 @@ def test_merging_names_what_it_cannot_do(adapter, tmp_path):
     (tmp_path / "full" / "file").write_text("")
     with pytest.raises(UsageError, match="not empty"):
         merge(adapter, tmp_path / "full")
+    with pytest.raises(NotFound, match="holds no adapter"):
+        merge(tmp_path / "full", tmp_path / "merged")
     change_config(adapter, base_model_name_or_path=None)
     with pytest.raises(UsageError, match="does not name its base"):
         merge(adapter, tmp_path / "merged")

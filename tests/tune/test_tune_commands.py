@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -118,6 +119,8 @@ OTHER = {
     "typo": "--config typo.yaml",
     "preview": "model -d guide.json -d book.txt --seq-len 64 --mask qwen1 --preview 2",
     "previewed": "model -d tools.jsonl --seq-len 256 --preview 1",
+    "packed preview": "model -d guide.json --seq-len 256 --preview 0 --pack --epochs 5",
+    "backward preview": "model -d guide.json --preview -3",
 }
 
 
@@ -207,6 +210,18 @@ def test_a_preview_marks_what_is_trained_and_counts(folder, ran):
     assert "⟦It is 0.<|im_end|>" in out and "What is 0 and 0?⟦<|im_end|>" in out
     assert "2 of " in out and " trained." in out
     assert "⟦" in ran["previewed"][1] and "tool_call" in ran["previewed"][1]
+    assert ran["backward preview"][0] == 2 and "--preview" in ran["backward preview"][2]
+
+
+def test_a_preview_says_how_many_rows_and_steps_the_samples_make(folder, ran):
+    counts = re.search(r"8 samples, (\d+) tokens, (\d+) of them trained", ran["packed preview"][1])
+    assert counts is not None
+    rows, learned = -(-int(counts[1]) // 256), int(counts[2])  # short samples fill the rows
+    assert f"8 samples packed into {rows:,} rows of at most 256 tokens" in ran["packed preview"][1]
+    assert f"{-(-5 * rows // 8)} steps" in ran["packed preview"][1]
+    steps = -(-5 * rows // 8)
+    assert f"each of about {5 * learned / steps:,.0f} trained tokens" in ran["packed preview"][1]
+    assert "8 samples in 8 rows of at most 256 tokens" in ran["previewed"][1]
 
 
 def test_what_is_logged_reaches_weights_and_biases(folder, ran):

@@ -222,9 +222,12 @@ class _Reader:
 
     def _sample(self, labelled: Labelled, source: str) -> Sample:
         if not trained(labelled.labels):
-            cut = len(labelled.ids) == self.seq_len
-            where = f" in its first {self.seq_len:,} tokens" if cut else ""
-            raise BadFile(f"{source} has no trained token{where}.")
+            if len(labelled.ids) < self.seq_len:
+                raise BadFile(f"{source} has no trained token.")
+            raise BadFile(
+                f"{source} has no trained token in its first {self.seq_len:,} tokens.",
+                "Raise --seq-len, or leave out what is too long with --on-long drop, which counts it.",
+            )
         same = self.same
         ids = [same.setdefault(i, i) for i in labelled.ids]
         labels = [IGNORE if label == IGNORE else i for i, label in zip(ids, labelled.labels, strict=True)]

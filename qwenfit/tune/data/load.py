@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from qwenfit.checkpoint.tokenizer import load_tokenizer
+from qwenfit.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from qwenfit.config import ModelConfig
 from qwenfit.errors import UsageError
 from qwenfit.tune.base_model import CHATML
@@ -45,16 +45,18 @@ def load_data(
         shown = ", ".join(both[:8]) + (f" and {len(both) - 8:,} more" if len(both) > 8 else "")
         say(f"Warning: {len(both):,} rows of the evaluation are in the training data too: {shown}.")
 
-    def rows(samples: list[Sample], shuffle: bool) -> Rows:
-        made = pack(samples, config.seq_len) if config.pack else [[sample] for sample in samples]
-        fill = tokenizer.special_id(END_OF_TEXT)
-        return Rows(made, config.seq_len, config.micro_batch, fill, seed=config.seed, shuffle=shuffle, pad=config.pad)
-
     chatml = training.statistics.conversations > 0
     return Data(
-        rows(samples, shuffle=True),
-        rows(evaluation, shuffle=False) if evaluation else None,
+        rows_of(config, samples, tokenizer),
+        rows_of(config, evaluation, tokenizer, shuffle=False) if evaluation else None,
         chatml,
         tuple(tokenizer.special_id(text) for text in CHATML) if chatml else (),
         digest(samples),
     )
+
+
+def rows_of(config: TuneConfig, samples: list[Sample], tokenizer: Tokenizer, shuffle: bool = True) -> Rows:
+    """Samples laid into rows, packed or one in each, as a run takes them."""
+    made = pack(samples, config.seq_len) if config.pack else [[sample] for sample in samples]
+    fill = tokenizer.special_id(END_OF_TEXT)
+    return Rows(made, config.seq_len, config.micro_batch, fill, seed=config.seed, shuffle=shuffle, pad=config.pad)

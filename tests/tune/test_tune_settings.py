@@ -1,0 +1,52 @@
+"""Settings of `qwenfit tune` that cannot be: one sentence each, before data or weights are read."""
+
+from __future__ import annotations
+
+import pytest
+from tune.tiny import hf_model
+
+from qwenfit.errors import UsageError
+from qwenfit.tune.config import TuneConfig, make_config, read_yaml
+from qwenfit.tune.planned import plan_tune
+
+
+@pytest.mark.parametrize("text", ["seq_len: 64\nseq_len: 128\n", "seq-len: 64\nseq_len: 128\n"])
+def test_a_setting_that_a_file_has_twice_is_refused(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: m\n{text}")
+    with pytest.raises(UsageError, match="twice"):
+        read_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"output": ""}, "has no name"),
+        ({"precision": "fp16"}, "must be one of bf16, fp32, int8, int4"),
+        ({"seq_len": 1}, "at least 2"),
+        ({"lr": float("nan")}, "must be a number"),
+        ({"seq_len": True}, "must be a whole number"),
+        ({"data": [1]}, "must be a list of file names"),
+    ],
+)
+def test_a_value_that_cannot_be_names_its_setting(settings, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        make_config({"model": "m", **settings})
+    assert next(iter(settings)) in caught.value.message or caught.value.hint == "--output FOLDER"
+
+
+@pytest.mark.parametrize(
+    ("settings", "hint"),
+    [
+        ({"method": "qlora", "precision": "fp32"}, "--precision int4, or --method lora"),
+        ({"method": "qlora", "precision": "bf16"}, "--precision int4, or --method lora"),
+        ({"method": "lora", "precision": "int4"}, "--method qlora"),
+        ({"method": "lora", "seq_len": 257}, "--seq-len 256"),
+    ],
+)
+def test_what_a_method_or_a_model_cannot_do_is_refused_with_a_flag_of_this_verb(tmp_path, settings, hint):
+    hf_model().config.save_pretrained(tmp_path)
+    fitting = {"seq_len": 64, "device": "cpu"}
+    with pytest.raises(UsageError) as caught:
+        plan_tune(TuneConfig(str(tmp_path), **fitting | settings))
+    assert caught.value.hint == hint
