@@ -27,7 +27,7 @@ class DecodeGraphs:
         self.model, self.cache, self.max_blocks, self.device = model, cache, max_blocks, device
         self.sizes = [size for size in SIZES if size < max_batch]
         self.sizes += [size for size in SIZES if size >= max_batch][:1]
-        self._pool: Any = None  # torch's handle of the memory that all graphs share
+        self.pool: Any = None  # torch's handle of the memory that all graphs share
         self._recorded: dict[int, tuple[DecodeStep, torch.cuda.CUDAGraph]] = {}
         self._logits = torch.empty(self.sizes[-1], model.config.vocab_size, device=device)
 
@@ -60,7 +60,7 @@ class DecodeGraphs:
         step.run()  # compiles the kernels; all rows are padding, so the cache is left alone
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.graph(graph, pool=self._pool):
+        with torch.inference_mode(), torch.cuda.graph(graph, pool=self.pool):
             step.run(self._logits[:size])
-        self._pool = graph.pool()
+        self.pool = graph.pool()
         self._recorded[size] = step, graph

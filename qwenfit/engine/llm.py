@@ -279,12 +279,21 @@ class LLM:
     def _run(
         self, prompts: list[list[int]], params: Sequence[SamplingParams], deadline: float | None, cache_salt: str
     ) -> Iterator[Delta]:
-        """Add the requests and step until all their answers have ended; what is left ends with the iterator."""
+        """Add the requests and step until all their answers have ended; what is left ends with the iterator.
+
+        Those that may get the longest answers come first: at the end few requests are left to share a step's reading
+        of the weights, and short ones leave it soonest.
+        """
         position: dict[int, int] = {}
         inbox: deque[Delta] = deque()
+
+        def longest_answer(i: int) -> int:
+            most = params[i].max_tokens
+            return self.max_model_len - len(prompts[i]) if most is None else most
+
         try:
-            for i, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
-                request_id = self.engine.add(prompt, wanted, deadline=deadline, cache_salt=cache_salt)
+            for i in sorted(range(len(prompts)), key=longest_answer, reverse=True):
+                request_id = self.engine.add(prompts[i], params[i], deadline=deadline, cache_salt=cache_salt)
                 position[request_id] = i
                 self._inboxes[request_id] = inbox
             unfinished = sum(wanted.n for wanted in params)

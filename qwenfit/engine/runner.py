@@ -15,6 +15,7 @@ from qwenfit.model.kv_cache import PARITY, KVCache
 
 if TYPE_CHECKING:
     from qwenfit.engine.graphs import DecodeGraphs
+    from qwenfit.engine.prompt_graphs import PromptGraphs
     from qwenfit.model.transformer import Transformer
 
 
@@ -56,6 +57,11 @@ def _decodes(request: Request) -> bool:
     return request.scheduled == 1 and request.computed + 1 == request.length
 
 
+def _whole(request: Request) -> bool:
+    """Whether the step computes all of the request, by tokens that the host knows and frequencies as they are."""
+    return request.scheduled == request.length and not request.pending and request.alpha == 1.0
+
+
 class Runner:
     """Keeps a block table row for each request that runs, so that a step writes only what is new in it."""
 
@@ -73,6 +79,7 @@ class Runner:
         self.block_size = cache.block_size
         self.device = device
         self._graphs: DecodeGraphs | None = None
+        self._prompts: PromptGraphs | None = None
         self._transformer: Transformer | None = None  # what the fused steps take; None: they are not for this model
         self._last = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)  # token by row, for those pending
         width = _up(-(-max_model_len // cache.block_size))
@@ -99,9 +106,11 @@ class Runner:
             prefill(model, batch, self.cache, batch.logits_indices)
         if _plain(model):
             from qwenfit.engine.graphs import DecodeGraphs
+            from qwenfit.engine.prompt_graphs import PromptGraphs
 
             self._graphs = DecodeGraphs(model, self.cache, max_num_seqs, self._tables.shape[1], self.device)
             self._graphs.record()
+            self._prompts = PromptGraphs(model, self.cache, self._graphs.pool, self.device)
 
     @torch.inference_mode()
     def run(self, requests: list[Request]) -> Tensor | None:
@@ -112,6 +121,9 @@ class Runner:
         """
         if self._graphs is not None and self._graphs.fits(len(requests)) and all(map(_decodes, requests)):
             return self._decode(self._graphs, requests)
+        first = requests[0]
+        if self._prompts is not None and len(requests) == 1 and _whole(first) and self._prompts.fits(first.length):
+            return self._prompts.run(first.tokens, self._slots(first.blocks, 0, first.length))
         batch = self._batch(requests)
         rows = batch.logits_indices
         if self._transformer is not None:

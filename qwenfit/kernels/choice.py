@@ -11,10 +11,10 @@ import torch
 from qwenfit.kernels import native
 
 KINDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-# On a GPU, as measured on an H200:
+# On a GPU, as measured on an H100 and an H200:
 MATVEC_ROWS = 4  # of activations with plain weights; above, the vendor's product wins
 INT_MATVEC_ROWS = 2  # with int4 and int8 weights; above, the tensor cores win
-INT_MATMUL_ROWS = 128  # above, unpacking a weight for the vendor's product costs less than it saves
+INT_MATMUL_ROWS = 256  # above, unpacking a weight for the vendor's product costs less than it saves
 _ONEDNN_ROWS = 24  # from here on, unpacking to bf16 for oneDNN costs less than it saves
 
 
@@ -36,7 +36,9 @@ def choose_kernel(weight: str, dtype: torch.dtype, rows: int, device: str) -> Ke
                 if rows <= INT_MATVEC_ROWS:
                     return KernelChoice("triton matvec", "few rows: codes are multiplied as integers, at memory speed")
                 if rows <= INT_MATMUL_ROWS:
-                    return KernelChoice("triton matmul", "some rows: codes go to the tensor cores as they are")
+                    return KernelChoice(
+                        "triton matmul", "some rows: codes go to the tensor cores, none is unpacked to memory"
+                    )
                 return KernelChoice("unpack", "many rows: unpacked to 16 bits for the vendor's library")
             return KernelChoice("dequantize", f"no packed kernel for {device}: unpacked in pieces at each use")
         return KernelChoice("torch", "the vendor's library behind torch.nn.functional.linear")

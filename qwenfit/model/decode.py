@@ -36,6 +36,10 @@ class DecodeStep:
         self._inverse = self._frequencies(1.0).repeat(batch, 1)  # float32 [batch, head_dim / 2]
         self._cos = torch.empty(batch, 1, config.head_dim, device=device)
         self._sin = torch.empty(batch, 1, config.head_dim, device=device)
+        # What the layers add up is float32 for more rows than the matrix-vector kernels take, which round nothing else.
+        self._hidden = None
+        if batch > MATVEC_ROWS:
+            self._hidden = torch.empty(batch, config.hidden_size, device=device)
         self._query_scale = torch.ones(batch, 1, 1, dtype=model.dtype, device=device)
         self._arrived = arrival_counters(batch * config.num_heads, device)
         self._training_length = config.training_length if config.use_logn_attn else None
@@ -58,15 +62,17 @@ class DecodeStep:
         angles = (self._cos, self._sin, self._query_scale)
         x = embed_with_angles(
             self.input_ids, model.embed_tokens.weight, self.positions, self._inverse, model.rotary.scaling,
-            self._training_length, angles,
+            self._training_length, angles, self._hidden,
         )  # fmt: skip
         for index, layer in enumerate(model.layers):
             assert isinstance(layer, Block)
             x = self._layer(index, layer, x)
         head = model.embed_tokens.weight if model.lm_head is None else weight_of(model.lm_head)
-        wide = torch.float32 if len(x) <= MATVEC_ROWS else None  # a tensor core's product is widened as it is copied
-        logits = product(x, head, norm=model.norm.weight, eps=model.norm.eps, dtype=wide)
-        return logits.float() if out is None else out.copy_(logits)
+        norm = model.norm
+        if isinstance(head, BlockedWeight):
+            logits = product(x, head, norm=norm.weight, eps=norm.eps)
+            return logits.float() if out is None else out.copy_(logits)
+        return product(x, head, norm=norm.weight, eps=norm.eps, dtype=torch.float32, out=out)
 
     def _layer(self, index: int, layer: Block, x: torch.Tensor) -> torch.Tensor:
         attention, mlp = layer.self_attn, layer.mlp

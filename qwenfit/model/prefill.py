@@ -14,6 +14,7 @@ from qwenfit.kernels.triton.gate import silu_mul
 from qwenfit.kernels.triton.int_matvec import BlockedWeight
 from qwenfit.kernels.triton.product import product
 from qwenfit.kernels.triton.ragged import RaggedPlan, ragged_attention, ragged_plan
+from qwenfit.kernels.wide import add_product
 from qwenfit.model.attention import Attention
 from qwenfit.model.batch import Batch
 from qwenfit.model.kv_cache import KVCache
@@ -26,18 +27,32 @@ from qwenfit.model.transformer import Block, RMSNorm, Transformer
 def prefill(model: Transformer, batch: Batch, cache: KVCache, rows: torch.Tensor | None = None) -> torch.Tensor:
     """Hidden states after the final norm, [T, hidden], or [len(rows), hidden] of the `rows` (int64) of T.
 
-    The step's keys and values enter the cache. The last layer computes no more than `rows` ask for. Sequences that
-    bring one token are fastest at the beginning of the batch.
+    The step's keys and values enter the cache. What the layers add up is float32: rounded after each, it would be a
+    tenth of a short network's error, and more of a deep one's. The last layer computes no more than `rows` ask for.
+    Sequences that bring one token are fastest at the beginning of the batch.
     """
     # LogN's scale is there even where it is 1: its kernels are those that the decoding step has compiled already.
     angles = model.rotary.angles(batch.positions, batch.query_lens, batch.ntk_alphas, math.inf, model.dtype)
     plan = ragged_plan(batch.step(cache.block_size, model.dtype))
+    return run_layers(model, batch.input_ids, batch.slots, angles, plan, cache, rows)
+
+
+def run_layers(
+    model: Transformer,
+    input_ids: torch.Tensor,
+    slots: torch.Tensor,
+    angles: Angles,
+    plan: RaggedPlan,
+    cache: KVCache,
+    rows: torch.Tensor | None,
+) -> torch.Tensor:
+    """`prefill` of tokens int64 [T] whose keys and values go to `slots` int64 [T]; -1: to none, a row of padding."""
     blocks = [layer for layer in model.layers if isinstance(layer, Block)]
-    x = embedding(batch.input_ids, model.embed_tokens.weight)
+    x = embedding(input_ids, model.embed_tokens.weight).float()
     first = blocks[0].input_layernorm
     normed, x = add_norm(x, None, first.weight, first.eps)
     for index, layer in enumerate(blocks):
-        out = _attend(layer.self_attn, index, normed, angles, batch.slots, cache, plan)
+        out = _attend(layer.self_attn, index, normed, angles, slots, cache, plan)
         last = index + 1 == len(blocks)
         if last and rows is not None:
             out, x = out[rows], x[rows]
@@ -54,10 +69,10 @@ def prefill(model: Transformer, batch: Batch, cache: KVCache, rows: torch.Tensor
 def _add_and_norm(
     linear: torch.nn.Module, y: torch.Tensor, x: torch.Tensor, norm: RMSNorm
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(norm(x + linear(y)), x + linear(y)); x may be overwritten. The sum is rounded once where the product adds it."""
+    """(norm(x + linear(y)), x + linear(y)) of float32 x, which may be overwritten."""
     if type(linear) is Linear and linear.bias is None:
         if linear.weight is not None:
-            return add_norm(x.addmm_(y, linear.weight.T), None, norm.weight, norm.eps)
+            return add_norm(add_product(x, y, linear.weight), None, norm.weight, norm.eps)
         if isinstance(linear.packed, BlockedWeight) and len(y) <= INT_MATMUL_ROWS:  # as the decoding step does
             return add_norm(product(y, linear.packed, residual=x), None, norm.weight, norm.eps)
     return add_norm(linear(y), x, norm.weight, norm.eps)

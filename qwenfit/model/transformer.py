@@ -11,6 +11,7 @@ from qwenfit.config import ModelConfig
 from qwenfit.kernels.activation import silu_mul
 from qwenfit.kernels.linear import linear
 from qwenfit.kernels.norm import rms_norm
+from qwenfit.kernels.wide import wide_product
 from qwenfit.model.attention import Attention, Context, FullContext, PagedContext
 from qwenfit.model.batch import Batch
 from qwenfit.model.kv_cache import PARITY, KVCache
@@ -125,6 +126,9 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., hidden_size] after the final norm -> float32 [..., vocab_size], padding rows included."""
+        weight = self.embed_tokens.weight if self.lm_head is None else getattr(self.lm_head, "weight", None)
+        if hidden.is_cuda and hidden.dim() == 2 and weight is not None and not torch.is_grad_enabled():
+            return wide_product(hidden, weight)
         if self.lm_head is not None:
             out: torch.Tensor = self.lm_head(hidden)
         else:

@@ -16,7 +16,9 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("plays a GPU where there is none", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+from qwenfit.engine import prompt_graphs
 from qwenfit.engine.graphs import DecodeGraphs
+from qwenfit.engine.prompt_graphs import PromptGraphs, PromptStep
 from qwenfit.model.decode import DecodeStep
 
 
@@ -57,4 +59,25 @@ def test_answers_are_those_of_the_plain_network(gpu):
     made = run_to_end(engine)
     assert [tokens_of(made[i, 0]) for i in ids] == [network_alone(prompt, 3) for prompt in prompts]
     assert sum(graph.replays for _, graph in engine.runner._graphs._recorded.values()) > 0
+    assert_empty(engine)
+
+
+def test_a_prompt_that_comes_alone_is_padded_and_replayed(gpu, monkeypatch):
+    """Its first step runs as it is, the second of a length is recorded; what follows finds its keys in the cache."""
+    monkeypatch.setattr(prompt_graphs, "LENGTHS", (4, 8))
+    replays = []
+
+    def record(graphs: PromptGraphs, step: PromptStep):
+        logits = step.run().clone()
+        replays.append(step.size)
+        return Replayed(step, logits), logits
+
+    monkeypatch.setattr(PromptGraphs, "_record", record)
+    engine = real_engine(*NETWORK, num_blocks=4, block_size=8, max_num_seqs=2, max_batched_tokens=16, lookahead=True)
+    params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+    for prompt in ([7, 3, 1], [1, 2, 3, 4, 5, 6], [9, 8], [3, 9, 27, 1, 4, 1, 5], [5, 5, 5, 1], list(range(9))):
+        request = engine.add(prompt, params)
+        made = run_to_end(engine)
+        assert tokens_of(made[request, 0]) == network_alone(prompt, 3)
+    assert replays == [4, 8]  # the last prompt is longer than any
     assert_empty(engine)

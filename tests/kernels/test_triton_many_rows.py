@@ -8,6 +8,7 @@ from tests.kernels.triton_cases import DEVICE, error, poisoned, random
 
 pytest.importorskip("triton")
 from qwenfit.kernels.triton.arrange import LARGEST, arrange, arrange_reference
+from qwenfit.kernels.triton.bf16_matvec import bf16_matvec_reference
 from qwenfit.kernels.triton.dequantise import dequantised, dequantised_reference
 from qwenfit.kernels.triton.fused_norm import add_norm, add_norm_reference
 from qwenfit.kernels.triton.gate import silu_mul, silu_mul_reference
@@ -87,18 +88,40 @@ def test_a_product_of_any_number_of_rows() -> None:
         packed = packed_weight(4, 24, 256, group, "middle")
         x, norm, residual = random(rows, 256), random(256), random(rows, 24)
         expected = int_matvec_reference(x, packed, None, residual, norm)
-        assert error(product(x, packed, None, residual, norm), expected) < 1e-4
+        assert error(product(x, packed, None, residual.clone(), norm), expected) < 1e-4
         expected = int_matvec_reference(x, packed, None, None, norm, gated=True)
         assert error(product(x, packed, None, None, norm, gated=True), expected) < 1e-4
 
 
-@pytest.mark.parametrize("rows", [2, 6, 130])
+@pytest.mark.parametrize("rows", [2, 6])
+def test_sums_and_logits_in_float32_are_never_rounded_to_less(rows: int) -> None:
+    """Of a model in bfloat16: x with a norm, a residual, and logits may be float32."""
+    weight, norm = random(24, 256, dtype=torch.bfloat16), random(256, dtype=torch.bfloat16)
+    x, residual = random(rows, 256, dtype=torch.bfloat16), random(rows, 24)
+    added = product(x, weight, None, residual.clone())
+    assert added.dtype == torch.float32
+    assert error(added, bf16_matvec_reference(x.float(), weight, None, residual)) < 1e-5
+    hidden = random(rows, 256)
+    assert product(hidden, weight, norm=norm).dtype == torch.bfloat16
+    logits = product(hidden, weight, norm=norm, dtype=torch.float32, out=poisoned(rows, 24))
+    assert logits.dtype == torch.float32
+    assert error(logits, bf16_matvec_reference(hidden, weight, None, None, norm)) < (5e-3 if rows > 4 else 1e-5)
+    packed = packed_weight(4, 256, 256, 128, "middle")
+    down = product(random(rows, 256, dtype=torch.bfloat16), packed, None, random(rows, 256))
+    assert down.dtype == torch.float32
+    gate_up = packed_weight(4, 512, 256, 128, "middle")
+    inner = int_matvec_reference(hidden, gate_up, None, None, norm.float(), gated=True)
+    expected = int_matvec_reference(inner, packed, None, hidden)
+    assert error(mlp(hidden.clone(), gate_up, packed, norm, 1e-6), expected) < 1e-2
+
+
+@pytest.mark.parametrize("rows", [2, 6, 260])
 def test_feed_forward(rows: int) -> None:
     gate_up = packed_weight(4, 384, 256, 128, "middle")
     down = packed_weight(8, 256, 192, 64, "whole", permuted=True)
     x, norm = random(rows, 256), random(256)
     inner = int_matvec_reference(x, gate_up, None, None, norm, gated=True)
-    assert error(mlp(x, gate_up, down, norm, 1e-6), int_matvec_reference(inner, down, None, x)) < 1e-4
+    assert error(mlp(x.clone(), gate_up, down, norm, 1e-6), int_matvec_reference(inner, down, None, x)) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -24,9 +24,8 @@ _BLOCKS = 8  # of a program
 class Arranged:
     """x [rows, in] in stored order, padded to blocks: integers of 16 bits that share a unit in a block, or as it is."""
 
-    values: (
-        torch.Tensor
-    )  # int8 [2, rows, padded]: high bytes, then low ones, both signed; or x's dtype [1, rows, padded]
+    # int8 [2, rows, padded]: high bytes, then low ones, both signed; or [1, rows, padded] of the model's dtype
+    values: torch.Tensor
     units: torch.Tensor  # float32 [2, blocks, rows]: the unit (1 without integers), and the sum of the block's x
 
     @property
@@ -56,7 +55,7 @@ def arrange_reference(
     integers: bool = True,
 ) -> Arranged:
     """RMSNorm of x [rows, in] if `norm` [in] is given; or silu(first half) * second half of x [rows, 2 in] if gated."""
-    dtype = x.dtype
+    dtype = _narrow(x, norm)
     x = silu_mul_reference(x.float()) if gated else normalised(x, norm, eps)
     if weight.perm is not None:
         x = x[:, weight.perm]
@@ -85,7 +84,7 @@ def arrange(
 ) -> Arranged:
     """`arrange_reference` in one kernel; x is contiguous. Of `weight` only the layout counts."""
     rows, blocks = x.shape[0], -(-weight.in_features // weight.block)
-    shape, dtype = (2 if integers else 1, rows, blocks * weight.block), torch.int8 if integers else x.dtype
+    shape, dtype = (2 if integers else 1, rows, blocks * weight.block), torch.int8 if integers else _narrow(x, norm)
     values = torch.empty(shape, dtype=dtype, device=x.device)
     units = torch.empty(2, blocks, rows, dtype=torch.float32, device=x.device)
     _arrange[(rows, triton.cdiv(blocks, _BLOCKS))](
@@ -95,6 +94,11 @@ def arrange(
         HAS_PERM=weight.perm is not None, GATED=gated, INTEGERS=integers, num_warps=4, **options(x),
     )  # fmt: skip
     return Arranged(values, units)
+
+
+def _narrow(x: torch.Tensor, norm: torch.Tensor | None) -> torch.dtype:
+    """The model's dtype: before a norm x may be float32."""
+    return x.dtype if norm is None else norm.dtype
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -14,13 +14,14 @@ def add_norm_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(RMSNorm of x + residual, x + residual); x and residual [tokens, width], weight [width].
 
-    The norm is rounded once. `kernels.norm.rms_norm` rounds before the weight too, as the originals do, which is half
+    The norm has the weight's dtype, the sum the residual's, which may be float32. The norm is rounded once:
+    `kernels.norm.rms_norm` rounds before the weight too, as the originals do, which is half
     of the whole error of a layer in bfloat16.
     """
-    total = x if residual is None else x + residual
+    total = x if residual is None else (x.float() + residual.float()).to(residual.dtype)
     wide = total.float()
     inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * inverse * weight.float()).to(x.dtype), total
+    return (wide * inverse * weight.float()).to(weight.dtype), total
 
 
 def add_norm(
@@ -28,7 +29,7 @@ def add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`add_norm_reference` in one kernel, for contiguous tensors; with a residual, the sum replaces it in place."""
     tokens, width = x.shape
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=weight.dtype)
     lanes = triton.next_power_of_2(width)
     _add_norm[(tokens,)](
         x, residual, weight, out, eps, WIDTH=width, LANES=lanes, HAS_RESIDUAL=residual is not None,
@@ -48,8 +49,9 @@ def _add_norm(
     row = tl.program_id(0).to(tl.int64) * WIDTH
     x = tl.load(x_ptr + row + i, mask=i < WIDTH, other=0.0)
     if HAS_RESIDUAL:
-        x = (x.to(tl.float32) + tl.load(residual_ptr + row + i, mask=i < WIDTH, other=0.0).to(tl.float32)).to(x.dtype)
+        x = x.to(tl.float32) + tl.load(residual_ptr + row + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+        x = x.to(residual_ptr.dtype.element_ty)
         tl.store(residual_ptr + row + i, x, mask=i < WIDTH)
     wide = x.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(wide * wide, axis=0) / WIDTH + eps)
-    tl.store(out_ptr + row + i, (wide * inverse * weight).to(x.dtype), mask=i < WIDTH)
+    tl.store(out_ptr + row + i, (wide * inverse * weight).to(out_ptr.dtype.element_ty), mask=i < WIDTH)

@@ -1,4 +1,4 @@
-"""One linear layer of a decoding step with what stands around it: the fused kernel for few rows, else its parts."""
+"""One linear layer of a step with what stands around it: the fused kernel for few rows, else its parts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from qwenfit.kernels.triton.fused_norm import add_norm
 from qwenfit.kernels.triton.gate import silu_mul
 from qwenfit.kernels.triton.int_matmul import has_int_matmul, int_matmul, prefers_integers
 from qwenfit.kernels.triton.int_matvec import BlockedWeight
+from qwenfit.kernels.wide import add_product, wide_product
 
 Weight = torch.Tensor | BlockedWeight
 
@@ -28,29 +29,43 @@ def product(
     eps: float = 1e-6,
     gated: bool = False,
     dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What `bf16_matvec_reference` and `int_matvec_reference` say, for any number of rows; `dtype` of plain weights."""
-    rows = x.shape[0]
+    """What `bf16_matvec_reference` and `int_matvec_reference` say, for any number of rows.
+
+    The result has the residual's dtype, else `dtype` (plain weights only), else the model's: that of `norm`, or of x.
+    With a norm x may be float32. A residual may be overwritten, and be the result.
+    """
+    rows, model_dtype = x.shape[0], x.dtype if norm is None else norm.dtype
+    wanted = residual.dtype if residual is not None else dtype or model_dtype
     if isinstance(weight, BlockedWeight):
         if rows <= INT_MATVEC_ROWS:
-            return int_matvec.int_matvec(x, weight, bias, residual, norm, eps, gated)
+            y = x.new_empty(rows, weight.out_features // (2 if gated else 1), dtype=wanted)
+            return int_matvec.int_matvec(x, weight, bias, residual, norm, eps, gated, y)
         if _has_matmul(weight, x):
-            y = int_matmul(_arranged(x, weight, norm, eps), weight, bias, residual, x.dtype)
+            y = int_matmul(_arranged(x, weight, norm, eps), weight, bias, residual, wanted)
             return silu_mul(y) if gated else y
     elif rows <= MATVEC_ROWS:
-        return bf16_matvec.bf16_matvec(x, weight, bias, residual, norm, eps, gated, dtype)
+        return bf16_matvec.bf16_matvec(x, weight, bias, residual, norm, eps, gated, wanted, out)
     if norm is not None:
         x, _ = add_norm(x, None, norm, eps)
-    y = many_rows(x, weight, bias) if residual is None else _added(x, weight, bias, residual)
-    if gated:
-        y = silu_mul(y)
-    return y if dtype is None else y.to(dtype)
+    if isinstance(weight, torch.Tensor) and bias is None and not gated:
+        if residual is not None:
+            return add_product(residual, x, weight)
+        if wanted != x.dtype:
+            return wide_product(x, weight, out)
+    y = many_rows(x, weight, bias)
+    y = silu_mul(y) if gated else y
+    return y if residual is None else residual.add_(y)
 
 
 def mlp(x: torch.Tensor, gate_up: Weight, down: Weight, norm: torch.Tensor, eps: float) -> torch.Tensor:
-    """x + down(silu(gate) * up) of RMSNorm(x), [rows, width]; the halves of `gate_up` are gate and up."""
+    """x + down(silu(gate) * up) of RMSNorm(x), [rows, width]; the halves of `gate_up` are gate and up.
+
+    x may be overwritten.
+    """
     if len(x) > INT_MATVEC_ROWS and _has_matmul(gate_up, x) and _has_matmul(down, x):
-        both = int_matmul(_arranged(x, gate_up, norm, eps), gate_up, dtype=x.dtype)
+        both = int_matmul(_arranged(x, gate_up, norm, eps), gate_up, dtype=norm.dtype)
         return int_matmul(_arranged(both, down, gated=True), down, None, x, x.dtype)
     return product(product(x, gate_up, norm=norm, eps=eps, gated=True), down, residual=x)
 
@@ -75,9 +90,3 @@ def _arranged(
 def _has_matmul(weight: Weight, x: torch.Tensor) -> TypeGuard[BlockedWeight]:
     """Whether `int_matmul` takes the weight and so many rows, those that `int_matvec` would be faster for apart."""
     return isinstance(weight, BlockedWeight) and x.shape[0] <= INT_MATMUL_ROWS and has_int_matmul(weight)
-
-
-def _added(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
-    if isinstance(weight, BlockedWeight) or bias is not None:
-        return many_rows(x, weight, bias) + residual
-    return torch.addmm(residual, x, weight.T)

@@ -36,6 +36,7 @@ class RaggedPlan:
     query_starts: torch.Tensor  # int32 [prompts + 1]: rows of the step, counted from the first prompt's
     context_starts: torch.Tensor  # int32 [prompts + 1]: rows of the contexts laid end to end
     context_slots: torch.Tensor | None  # int64 [sum of contexts]; None: every prompt is whole, nothing is read back
+    padded: bool = False  # the one prompt may be shorter than query_lens says; query_starts holds its length
 
 
 def ragged_plan(step: RaggedStep) -> RaggedPlan:
@@ -110,14 +111,15 @@ def _singles(qkv: torch.Tensor, new: NewTokens, cache: LayerCache, plan: RaggedP
 def _attend_prompts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: RaggedPlan, scale: float) -> torch.Tensor:
     """`prompt_attention_reference`, by what was measured as the fastest for such a length on this card."""
     if not q.is_cuda or q.dtype == torch.float32:  # which flash attention does not take
-        return prompt_attention_reference(q, k, v, plan.query_lens, plan.context_lens, scale)
+        return prompt_attention_reference(q, k, v, plan.query_lens, plan.context_lens, scale)  # causal: padding is last
     longest = max(plan.query_lens)
     config = measured("prompt_attention", (q.shape[2], q.shape[1] // k.shape[1], longest))
     if config is None:
         return flash(q, k, v, plan, scale)
     if "cudnn" not in config:
         return prompt_attention(q, k, v, plan.query_starts, plan.context_starts, longest, scale, config)
-    return (cudnn if len(plan.query_lens) == 1 and plan.context_slots is None else flash)(q, k, v, plan, scale)
+    whole = len(plan.query_lens) == 1 and plan.context_slots is None and not plan.padded
+    return (cudnn if whole else flash)(q, k, v, plan, scale)
 
 
 def compile_prompt_attention(qkv: torch.Tensor, kv_heads: int) -> None:
@@ -155,8 +157,8 @@ def cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: RaggedPlan, s
 def rotate_in_place(qkv: torch.Tensor, new: NewTokens, cache: LayerCache, first: int) -> None:
     """From row `first` on, make projected heads what attention takes, and write keys and values to the cache.
 
-    qkv [T, heads + 2 kv_heads, head_dim] is contiguous; head_dim is a power of two. Keys and values become what the
-    cache will give back.
+    Those of rows with slot -1 are not written. qkv [T, heads + 2 kv_heads, head_dim] is contiguous; head_dim is a
+    power of two. Keys and values become what the cache will give back.
     """
     tokens, all_heads, head_dim = qkv.shape
     kv_heads = cache.key.shape[2]
@@ -210,7 +212,8 @@ def _rotate_in_place(
         a = (a - tl.load(centre, mask=is_key & (d < HALF), other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
         b = (b - tl.load(centre + HALF, mask=is_key & (d < HALF), other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
 
-    slot = tl.load(slots_ptr + token).to(tl.int64)
+    slot = tl.load(slots_ptr + token + tl.zeros([1, 1], tl.int32)).to(tl.int64)
+    is_key, is_value = is_key & (slot >= 0), is_value & (slot >= 0)
     vector = slot * KV_HEADS + tl.where(is_value, head - HEADS - KV_HEADS, head - HEADS)
     if QUANTIZED:
         low = tl.minimum(tl.min(a, axis=1), tl.min(b, axis=1))[:, None]
