@@ -30,8 +30,9 @@ from qwenfit.checkpoint.resolve import resolve_model
 from qwenfit.config import ModelConfig
 from qwenfit.kernels.triton import tuning
 from qwenfit.kernels.triton.greedy import advance, greedy
+from qwenfit.kernels.triton.int_matvec import BlockedWeight
 from qwenfit.kernels.triton.launch import device_limits
-from qwenfit.model.decode import DecodeStep
+from qwenfit.model.decode import PREFETCHED, DecodeStep
 from qwenfit.model.kv_cache import KVCache, kv_bytes_per_token
 from qwenfit.model.linear import Linear
 from qwenfit.model.transformer import Transformer
@@ -91,7 +92,7 @@ def read_bytes(model: Transformer) -> int:
     )
 
 
-def start(model: Transformer, kv: str, context: int, tokens: int, batch: int) -> DecodeStep:
+def start(model: Transformer, kv: str, context: int, tokens: int, batch: int, **options: int) -> DecodeStep:
     """A step whose sequences have `context` random tokens in the cache; blocks are shuffled."""
     width = -(-(context + tokens + 1) // BLOCK_SIZE)
     cache = KVCache(model.config, width * batch, BLOCK_SIZE, kv, "cuda")
@@ -104,7 +105,7 @@ def start(model: Transformer, kv: str, context: int, tokens: int, batch: int) ->
                     stored.random_(0, 256)
                     affine[..., 0].fill_(4 / 255)
                     affine[..., 1].fill_(127.5)
-    step = DecodeStep(model, cache, batch, width, torch.device("cuda"))
+    step = DecodeStep(model, cache, batch, width, torch.device("cuda"), **options)
     step.block_tables.copy_(torch.randperm(width * batch, device="cuda").view(batch, width))
     step.input_ids.copy_(torch.arange(batch) + 1)
     step.positions.fill_(context)
@@ -237,6 +238,67 @@ def shortened(
     return name, precision, kv, context + less // 2, tokens - less, batch
 
 
+def search(
+    name: str, precision: str, kv: str, context: int, tokens: int, batch: int, read_rate: float
+) -> dict[str, Any]:
+    """The run with configs that were searched one after the other in whole steps, where a kernel's neighbours count.
+
+    In a step the memory waits at every kernel's start; what is best there is not what is best in a row of one kernel.
+    """
+    model = random_model(resolve_model(name), precision)
+    context = context + tokens // 2
+
+    def milliseconds(prefetched: int = PREFETCHED) -> float:
+        step = start(model, kv, context, 256, batch, prefetched=prefetched)
+        graph = record_graph(step)
+        for _ in range(20):
+            graph.replay()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(200):
+            graph.replay()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - began) / 0.2
+
+    config = model.config
+    bits = {"int4": 4, "int8": 8}.get(precision)
+    shapes = [(each.out_features, each.in_features) for each in packed_of(model)]
+    trials: dict[str, float] = {f"prefetch {mb}": milliseconds(mb << 20) for mb in (0, 8, 16, 24, 32, 48)}
+    best = milliseconds()
+    keys: list[tuple[str, tuple[int, ...]]] = []
+    if bits is not None:
+        keys += [("int_matvec", (bits, inputs, out, batch)) for out, inputs in shapes]
+    keys.append(("decode_heads", (1 if kv == "int8" else 2, config.head_dim, batch * config.num_heads)))
+    found: dict[str, tuning.Config] = {}
+    for kernel, shape in keys:
+        own, mine = tuning.key(kernel, shape), tuning.tuned(kernel, shape)
+        for change in _changes(kernel, mine):
+            tried = found.get(own, mine) | change
+            tuning.put_in_force({own: tried})
+            trials[f"{own} {change}"] = took = milliseconds()
+            if took < 0.997 * best:
+                best, found[own] = took, tried
+            tuning.put_in_force({own: found.get(own, mine)})
+    return {
+        "search": f"{name} {precision} kv {kv} at {context}", "ms": best, "tokens_per_s": batch * 1e3 / best,
+        "trials": trials, "found": found,
+    }  # fmt: skip
+
+
+def packed_of(model: Transformer) -> list[BlockedWeight]:
+    """The packed weights of the first layer."""
+    linears = [model.get_submodule(f"layers.0.{each}") for each in LINEARS]
+    return [each.packed for each in linears if isinstance(each, Linear) and isinstance(each.packed, BlockedWeight)]
+
+
+def _changes(kernel: str, config: tuning.Config) -> list[tuning.Config]:
+    if kernel == "int_matvec":
+        shares = [{"programs": config["programs"] // 2}, {"programs": 2 * config["programs"]}]
+        return [{"ahead": 1, "hold": 1}, {"ahead": 2, "hold": 1}, *shares]
+    others = [{"splits": n} for n in (4, 8, 16, 32) if n != config.get("splits")]
+    return [*others, {"tokens": 16 if config["tokens"] == 32 else 32}]
+
+
 def changed(without: str) -> dict[str, tuning.Config]:
     """The configs in force with one of their choices undone."""
     return {name: config | {without: 0} for name, config in tuning.in_force().items()}
@@ -248,6 +310,9 @@ def main() -> None:
     parser.add_argument("--runs", default="", help="indices of RUNS, comma-separated; default: all")
     parser.add_argument("--tuned", type=Path, help="configs to use, a file as in kernels/triton/tuned/")
     parser.add_argument("--no-checks", action="store_true")
+    parser.add_argument(
+        "--search", type=int, help="index of a run: search its configs, and the prefetch, in whole steps"
+    )
     parser.add_argument("--no-repeats", action="store_true", help="of runs without one of the choices")
     parser.add_argument("--short", action="store_true", help="decode 256 tokens about the same mean context")
     parser.add_argument("--seconds", type=float, default=115, help="no run is begun after these")
@@ -279,6 +344,8 @@ def main() -> None:
         attempt(checks, check, *arguments)
     for i in chosen:
         attempt(results, run, *(shortened(*RUNS[i]) if options.short else RUNS[i]), limits["read"])
+    if options.search is not None:
+        attempt(results, search, *RUNS[options.search], limits["read"])
     best = tuning.in_force()
     for i, without in WITHOUT[:0] if options.no_repeats else WITHOUT:
         if i in chosen:
@@ -299,7 +366,7 @@ def main() -> None:
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "gpu-decode.json").write_text(json.dumps(record, indent=1) + "\n")
-    for r in results[:3]:
+    for r in [each for each in results if "kernels_us" in each][:3]:
         largest = sorted(r["kernels_us"].items(), key=lambda entry: -float(entry[1][1]))[:8]
         print(r["model"], r["precision"], {name[:30]: value for name, value in largest})
     show(checks, results)
@@ -314,6 +381,10 @@ def show(checks: list[dict[str, Any]], results: list[dict[str, Any]]) -> None:
             f"{own:.1e} ({'within' if own <= 1e-2 else 'ABOVE'} 1e-2)"
         )
     for r in results:
+        if "search" in r:
+            print(r["search"], f"{r['tokens_per_s']:.1f} tokens/s", r["found"])
+            print({name: round(ms, 4) for name, ms in r["trials"].items()})
+            continue
         print(
             f"{r['model']:10} {r['precision']} kv {r['kv_cache']} {r['context']}+{r['tokens']} x{r['batch']:<3} "
             f"{r['tokens_per_s']:8.1f} tokens/s {r['share']:5.1%} of {r['limit_tokens_per_s']:.0f}; "

@@ -45,7 +45,7 @@ def mix(kv: str, bits: int | None = None, tokens: int | None = None) -> Figures:
     lengths = random.Random(0)
     sizes = [(lengths.randint(LOW, HIGH), lengths.randint(LOW, HIGH)) for _ in range(COUNT)]
     prompts = [prompt(n, config, i) for i, (n, _) in enumerate(sizes)]
-    waited, steps, times = watch(llm)
+    waited, steps, times, brought = watch(llm)
     began = time.perf_counter()
     outputs = llm.generate(prompts, [greedy(n) for _, n in sizes])
     seconds = time.perf_counter() - began
@@ -66,7 +66,9 @@ def mix(kv: str, bits: int | None = None, tokens: int | None = None) -> Figures:
         "decode_steps": steps.count(True),
         "mixed_steps": steps.count(False),
         "decode_s": sum(t for t, decodes in zip(lasted, steps, strict=True) if decodes),
-        "slowest_steps_ms": [round(1e3 * seconds, 1) for seconds in sorted(lasted, reverse=True)[:10]],
+        "slowest_steps": sorted(
+            ((round(1e3 * seconds, 1), index, brought[index]) for index, seconds in enumerate(lasted)), reverse=True
+        )[:16],  # milliseconds, which, and its tokens
         "mixed_s": sum(t for t, decodes in zip(lasted, steps, strict=True) if not decodes),
         "preemptions": llm.engine.scheduler.num_preemptions,
         "allocated": torch.cuda.max_memory_allocated() if GPU else 0,
@@ -79,7 +81,7 @@ def anatomy(kv: str, bits: int | None = None) -> Figures:
 
     A step that takes longer than both the bare graph and the host's part is one in which the two take turns.
     """
-    count, context, some = (COUNT, 600, 20) if GPU else (4, 16, 2)
+    count, context, some = (COUNT if kv == "int8" else COUNT // 2, 600, 20) if GPU else (4, 16, 2)
     llm = _engine(kv, bits, count * (context + 96))
     engine, config = llm.engine, llm.config
     for i in range(count):
@@ -90,7 +92,7 @@ def anatomy(kv: str, bits: int | None = None) -> Figures:
             mixed = kernels(engine.step)
             continue
         engine.step()
-    waited, _, _ = watch(llm)
+    waited, *_ = watch(llm)
     synchronize()
     lasted = _seconds(lambda: _times(engine.step, some))
     hosts = pstats.Stats(_profiled(lambda: _times(engine.step, some))).stats  # type: ignore[attr-defined]
@@ -147,20 +149,22 @@ def _engine(kv: str, bits: int | None, cached: int) -> LLM:
     return llm
 
 
-def watch(llm: LLM) -> tuple[list[float], list[bool], list[float]]:
-    """Seconds that the host waits for each step, whether a step only decodes, and when it begins.
+def watch(llm: LLM) -> tuple[list[float], list[bool], list[float], list[int]]:
+    """Seconds that the host waits for each step, whether a step only decodes, when it begins, and its tokens.
 
     All fill as the engine runs. A host that never waits is what binds.
     """
     waited: list[float] = []
     steps: list[bool] = []
     times: list[float] = []
+    tokens: list[int] = []
     runner, sampler = llm.engine.runner, llm.engine.sampler
     run, choose = runner.run, sampler.choose
 
     def counted(requests: Any) -> Any:
         steps.append(all(request.scheduled == 1 for request in requests))
         times.append(time.perf_counter())
+        tokens.append(sum(request.scheduled for request in requests))
         return run(requests)
 
     def timed(logits: Any, requests: Any) -> Chosen:
@@ -177,4 +181,4 @@ def watch(llm: LLM) -> tuple[list[float], list[bool], list[float]]:
         return chosen
 
     runner.run, sampler.choose = counted, timed  # type: ignore[method-assign]
-    return waited, steps, times
+    return waited, steps, times, tokens

@@ -87,6 +87,7 @@ class Engine:
             model,
             cache,
             max_num_seqs=max_num_seqs,
+            max_batched_tokens=max_batched_tokens,
             max_model_len=self.max_model_len,
             device=device,
         )

@@ -71,6 +71,7 @@ class Runner:
         cache: KVCache,
         *,
         max_num_seqs: int,
+        max_batched_tokens: int,
         max_model_len: int,
         device: torch.device,
     ) -> None:
@@ -86,10 +87,11 @@ class Runner:
         self._tables = torch.zeros(max_num_seqs, width, dtype=torch.int32)
         if _fused(model, cache, device):
             self._transformer = cast("Transformer", model)
-            self._warm_up(self._transformer, max_num_seqs)
+            self._warm_up(self._transformer, max_num_seqs, max_batched_tokens)
 
-    def _warm_up(self, model: Transformer, max_num_seqs: int) -> None:
+    def _warm_up(self, model: Transformer, max_num_seqs: int, max_batched_tokens: int) -> None:
         """Compile and record at the start what would stop the requests later. The cache is still empty."""
+        from qwenfit.engine.warm_up import load_products
         from qwenfit.kernels.triton.ragged import compile_prompt_attention
         from qwenfit.model.batch import Chunk, make_batch
         from qwenfit.model.prefill import prefill
@@ -105,6 +107,8 @@ class Runner:
             batch = make_batch(chunks, size, self.device)
             prefill(model, batch, self.cache, batch.logits_indices)
         if _plain(model):
+            if max_num_seqs > 1 and self.device.type == "cuda":
+                load_products(model, self.cache, max_batched_tokens)
             from qwenfit.engine.graphs import DecodeGraphs
             from qwenfit.engine.prompt_graphs import PromptGraphs
 
