@@ -32,7 +32,7 @@ from qwenfit.kernels.triton import tuning
 from qwenfit.kernels.triton.greedy import advance, greedy
 from qwenfit.kernels.triton.int_matvec import BlockedWeight
 from qwenfit.kernels.triton.launch import device_limits
-from qwenfit.model.decode import PREFETCHED, DecodeStep
+from qwenfit.model.decode import DecodeStep
 from qwenfit.model.kv_cache import KVCache, kv_bytes_per_token
 from qwenfit.model.linear import Linear
 from qwenfit.model.transformer import Transformer
@@ -92,7 +92,7 @@ def read_bytes(model: Transformer) -> int:
     )
 
 
-def start(model: Transformer, kv: str, context: int, tokens: int, batch: int, **options: int) -> DecodeStep:
+def start(model: Transformer, kv: str, context: int, tokens: int, batch: int) -> DecodeStep:
     """A step whose sequences have `context` random tokens in the cache; blocks are shuffled."""
     width = -(-(context + tokens + 1) // BLOCK_SIZE)
     cache = KVCache(model.config, width * batch, BLOCK_SIZE, kv, "cuda")
@@ -105,7 +105,7 @@ def start(model: Transformer, kv: str, context: int, tokens: int, batch: int, **
                     stored.random_(0, 256)
                     affine[..., 0].fill_(4 / 255)
                     affine[..., 1].fill_(127.5)
-    step = DecodeStep(model, cache, batch, width, torch.device("cuda"), **options)
+    step = DecodeStep(model, cache, batch, width, torch.device("cuda"))
     step.block_tables.copy_(torch.randperm(width * batch, device="cuda").view(batch, width))
     step.input_ids.copy_(torch.arange(batch) + 1)
     step.positions.fill_(context)
@@ -248,9 +248,8 @@ def search(
     model = random_model(resolve_model(name), precision)
     context = context + tokens // 2
 
-    def milliseconds(prefetched: int = PREFETCHED) -> float:
-        step = start(model, kv, context, 256, batch, prefetched=prefetched)
-        graph = record_graph(step)
+    def milliseconds() -> float:
+        graph = record_graph(start(model, kv, context, 256, batch))
         for _ in range(20):
             graph.replay()
         torch.cuda.synchronize()
@@ -263,8 +262,8 @@ def search(
     config = model.config
     bits = {"int4": 4, "int8": 8}.get(precision)
     shapes = [(each.out_features, each.in_features) for each in packed_of(model)]
-    trials: dict[str, float] = {f"prefetch {mb}": milliseconds(mb << 20) for mb in (0, 8, 16, 24, 32, 48)}
     best = milliseconds()
+    trials: dict[str, float] = {"as it is": best}
     keys: list[tuple[str, tuple[int, ...]]] = []
     if bits is not None:
         keys += [("int_matvec", (bits, inputs, out, batch)) for out, inputs in shapes]
@@ -295,8 +294,8 @@ def _changes(kernel: str, config: tuning.Config) -> list[tuning.Config]:
     if kernel == "int_matvec":
         shares = [{"programs": config["programs"] // 2}, {"programs": 2 * config["programs"]}]
         return [{"ahead": 1, "hold": 1}, {"ahead": 2, "hold": 1}, *shares]
-    others = [{"splits": n} for n in (4, 8, 16, 32) if n != config.get("splits")]
-    return [*others, {"tokens": 16 if config["tokens"] == 32 else 32}]
+    tiles = [(16, 4), (32, 4), (64, 4), (64, 8)]  # tokens, warps
+    return [{"splits": n, "tokens": tokens, "warps": warps} for n in (8, 16, 32, 64) for tokens, warps in tiles]
 
 
 def changed(without: str) -> dict[str, tuning.Config]:

@@ -12,33 +12,19 @@ import torch
 from qwenfit.kernels.choice import MATVEC_ROWS
 from qwenfit.kernels.triton.decode_attention import NewTokens, arrival_counters, decode_step_attention
 from qwenfit.kernels.triton.int_matvec import BlockedWeight
-from qwenfit.kernels.triton.prefetch import has_prefetch, prefetch
 from qwenfit.kernels.triton.product import mlp as feed_forward
 from qwenfit.kernels.triton.product import product
 from qwenfit.kernels.triton.rotary_cache import embed_with_angles
-from qwenfit.model.kv_cache import KVCache, kv_bytes_per_token
+from qwenfit.model.kv_cache import KVCache
 from qwenfit.model.linear import Linear
 from qwenfit.model.rotary import inverse_frequencies
 from qwenfit.model.transformer import Block, Transformer
 
-PREFETCHED = 24 << 20  # bytes that stay in the second-level cache from one kernel to the next, on Hopper
-
 
 class DecodeStep:
-    """The step of `batch` sequences. Fill the buffers, then `run`; rows with slot -1 and context 0 are padding.
+    """The step of `batch` sequences. Fill the buffers, then `run`; rows with slot -1 and context 0 are padding."""
 
-    `prefetched`: bytes of weights that are asked for while one sequence attends to a short context.
-    """
-
-    def __init__(
-        self,
-        model: Transformer,
-        cache: KVCache,
-        batch: int,
-        max_blocks: int,
-        device: torch.device,
-        prefetched: int = PREFETCHED,
-    ) -> None:
+    def __init__(self, model: Transformer, cache: KVCache, batch: int, max_blocks: int, device: torch.device) -> None:
         config = model.config
         self.model, self.cache, self.device = model, cache, device
         self.input_ids = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -57,9 +43,6 @@ class DecodeStep:
         self._query_scale = torch.ones(batch, 1, 1, dtype=model.dtype, device=device)
         self._arrived = arrival_counters(batch * config.num_heads, device)
         self._training_length = config.training_length if config.use_logn_attn else None
-        self._prefetched = prefetched if batch == 1 and has_prefetch(device) else 0
-        self._beside = torch.cuda.Stream(device) if self._prefetched else None  # type: ignore[no-untyped-call]
-        self._per_token = kv_bytes_per_token(config, cache.dtype) // config.num_layers
 
     def set_alphas(self, alphas: Sequence[float]) -> None:
         """The NTK alpha of each request; the first rows."""
@@ -85,8 +68,6 @@ class DecodeStep:
             assert isinstance(layer, Block)
             x = self._layer(index, layer, x)
         head = model.embed_tokens.weight if model.lm_head is None else weight_of(model.lm_head)
-        if self._beside is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._beside)  # a graph ends with all that it began
         norm = model.norm
         if isinstance(head, BlockedWeight):
             logits = product(x, head, norm=norm.weight, eps=norm.eps)
@@ -103,8 +84,6 @@ class DecodeStep:
         new = NewTokens(self._cos, self._sin, scale, norms, attention.eps, self.slots, centre, self._arrived)
         norm = layer.input_layernorm
         qkv = product(x, weight_of(attention.qkv_proj), attention.qkv_proj.bias, None, norm.weight, norm.eps)
-        if self._beside is not None:
-            self._prefetch(self._beside, layer)
         out = decode_step_attention(
             qkv.view(len(x), -1, attention.head_dim),
             new,
@@ -116,14 +95,6 @@ class DecodeStep:
         x = product(out, weight_of(attention.o_proj), residual=x)
         norm = layer.post_attention_layernorm
         return feed_forward(x, weight_of(mlp.gate_up_proj), weight_of(mlp.down_proj), norm.weight, norm.eps)
-
-    def _prefetch(self, stream: torch.cuda.Stream, layer: Block) -> None:
-        """Beside the attention: bring the weights of the two products after it nearer."""
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        both = (layer.self_attn.o_proj, layer.mlp.gate_up_proj)
-        weights = [w.codes if isinstance(w := weight_of(linear), BlockedWeight) else w for linear in both]
-        with torch.cuda.stream(stream):
-            prefetch((weights[0], weights[1]), self.context_lens, self._per_token, self._prefetched)
 
 
 def weight_of(linear: Linear) -> torch.Tensor | BlockedWeight:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -59,6 +61,32 @@ def test_params_for_each(llm):
         assert all(len(p.top) == i for c in output.completions for p in c.logprobs)
     with pytest.raises(UsageError, match="3 prompts and 2"):
         llm.generate([[1], [2], [3]], [GREEDY, GREEDY])
+
+
+def test_the_longest_answers_are_begun_first(llm):
+    """Whatever the order of the prompts; outputs keep it."""
+    begun = []
+    add = llm.engine.add
+    llm.engine.add = lambda prompt, *a, **k: begun.append(list(prompt)) or add(prompt, *a, **k)
+    counts = [2, 9, 4]
+    params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in counts]
+    outputs = llm.generate([[5], [6], [7]], params)
+    assert begun == [[6], [7], [5]]
+    assert [len(output.token_ids) for output in outputs] == counts
+
+
+def test_nothing_of_an_engine_waits_for_the_garbage_collector():
+    """On a GPU what is there when it starts is left out of collections, and a cache is most of the card."""
+    config = tiny_config()
+    llm = LLM.from_parts(Transformer(config, torch.float32), config, FakeTokenizer(), num_blocks=8, kv_cache="fp32")
+    llm.generate(["one", "two"], GREEDY)
+    parts = [weakref.ref(part) for part in (llm.engine, llm.engine.runner.cache, llm.engine.runner.model)]
+    gc.disable()
+    try:
+        del llm
+        assert [part() for part in parts] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_streamed_deltas_join_to_the_answer(llm):
