@@ -70,11 +70,18 @@ def int_matmul(
         TILE_M=tile_m, TILE_OUT=tile_out, UNROLL=config.get("unroll", 1), INTEGERS=x.integers, INTERPRETED=INTERPRETED,
         num_warps=config["warps"], num_stages=config.get("stages", 4), **options(x.units),
     )  # fmt: skip
-    if splits > 1:
-        _sum_splits[(rows, triton.cdiv(weight.out_features, _SUM_TILE))](
-            target, bias, residual, out, rows * weight.out_features, OUT=weight.out_features, SPLITS=splits,
-            HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, TILE=_SUM_TILE, **options(out),
-        )  # fmt: skip
+    return sum_splits(target, bias, residual, out) if splits > 1 else out
+
+
+def sum_splits(
+    parts: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor
+) -> torch.Tensor:
+    """out [rows, outputs] = the sum of parts [splits, rows, outputs] in order, + bias + residual; returns out."""
+    splits, rows, outputs = parts.shape
+    _sum_splits[(rows, triton.cdiv(outputs, _SUM_TILE))](
+        parts, bias, residual, out, rows * outputs, OUT=outputs, SPLITS=splits,
+        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, TILE=_SUM_TILE, **options(out),
+    )  # fmt: skip
     return out
 
 
