@@ -77,9 +77,9 @@ def random_model(config: ModelConfig, precision: str) -> Transformer:
             model.set_submodule(module, Linear(None, owner.bias, packed))  # type: ignore[arg-type]
             continue
         owner = model.get_submodule(module)
-        values = torch.randn(parameter.shape, dtype=torch.bfloat16, device="cuda")
-        values = values * parameter.shape[1] ** -0.5 if values.dim() == 2 else values.mul_(0.02)
-        values = values.add_(1) if "norm" in name else values
+        # In place: a temporary copy of a large weight would leave holes that the allocator keeps.
+        values = torch.empty(parameter.shape, dtype=torch.bfloat16, device="cuda")
+        values.normal_(1.0 if "norm" in name else 0.0, 0.02 if values.dim() == 1 else parameter.shape[1] ** -0.5)
         setattr(owner, leaf, nn.Parameter(values, requires_grad=False))
     return model.eval()
 
