@@ -10,8 +10,8 @@ from qwenfit.catalog import find_model
 from qwenfit.config import ModelConfig
 from qwenfit.errors import UsageError
 from qwenfit.hardware import Device, Hardware, capability_notes, find_device
-from qwenfit.planning.checks import check_context, check_task
-from qwenfit.planning.command import command_for
+from qwenfit.planning.checks import check_context, check_precision, check_task
+from qwenfit.planning.command import command_for, runs_elsewhere
 from qwenfit.planning.finetune_memory import finetune_memory, zero_stage
 from qwenfit.planning.finetune_speed import finetune_speed
 from qwenfit.planning.inference_memory import inference_memory, uses_flash_attention
@@ -240,6 +240,7 @@ def build_plan(
 ) -> Plan:
     """The arithmetic, with everything decided: no detection, no files."""
     check_task(hardware.device, task, stack)
+    check_precision(config, precision)
     way = choose_parallel(config, hardware, task, precision, stack, parallel)
     if isinstance(task, Inference):
         devices = inference_memory(config, hardware, task, precision, stack, way)
@@ -268,7 +269,19 @@ def build_plan(
         host_factor=host_factor,
         notes=(*capability_notes(hardware.device), *_task_notes(task, stack, hardware.device)),
     )
-    return replace(made, command=command_for(made))
+    return replace(made, command=command_for(made), notes=(*made.notes, *_engine_notes(made)))
+
+
+def _engine_notes(plan: Plan) -> tuple[str, ...]:
+    """Where this project's own engine and trainer do not run what is planned for them."""
+    device = plan.hardware.device
+    if plan.stack != "qwenfit":
+        return ()
+    if device.kind != "cpu" and device.vendor != "nvidia":
+        return (f"qwenfit runs on NVIDIA GPUs and on CPUs; on {device.name} this is what the hardware would allow.",)
+    if runs_elsewhere(plan):
+        return ("qwenfit's own engine works on one device: this is run by vLLM, which --stack vllm plans.",)
+    return ()
 
 
 def verdict(memory: Memory, capacity: int, stack: Stack) -> str:
