@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -50,10 +51,11 @@ def app() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a verb; prints an expected failure as one sentence with a hint, and exits with its code."""
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+        sys.exit(_run(words))
     except QwenfitError as error:
-        _fail(error.message, error.hint, error.exit_code)
+        _fail(error.message, error.hint or _help_on(words, error), error.exit_code)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f"{context.command_path} --help" if context is not None else "qwenfit --help"
@@ -74,8 +76,13 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
     except BrokenPipeError:  # `qwenfit plan | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_output()
         sys.exit(0)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _close_output()  # what could not be written may be the answer itself
+        _fail(f"The disk is full: {error.filename or 'the output'} could not be written.", "df -h shows the room.", 1)
 
 
 def _run(arguments: list[str]) -> int:
@@ -85,8 +92,20 @@ def _run(arguments: list[str]) -> int:
             code = app.invoke(context)
     except click.exceptions.Exit as end:
         code = end.exit_code
-    sys.stdout.flush()
+    if sys.stdout is not None:  # it may be closed
+        sys.stdout.flush()
     return code if isinstance(code, int) else 0
+
+
+def _close_output() -> None:
+    """So that Python does not try once more, at its end, to write what could not be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _help_on(words: list[str], error: QwenfitError) -> str | None:
+    """Where a verb's own message ends without a next step: the verb's help."""
+    verb = next((word for word in words if not word.startswith("-")), None)
+    return f"qwenfit {verb} --help" if isinstance(error, UsageError) and verb is not None else None
 
 
 def _fail(message: str, hint: str | None, code: int) -> None:
@@ -97,7 +116,7 @@ def _fail(message: str, hint: str | None, code: int) -> None:
 
 
 def _colour() -> bool:
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    return sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
 def _print_json(value: Any) -> None:

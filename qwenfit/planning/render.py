@@ -170,14 +170,22 @@ def table_row(plan: Plan) -> tuple[str, ...]:
     )
 
 
-def plans_table(plans: Sequence[Plan], form: str = "text") -> str:
-    """Plans side by side as aligned text, Markdown ("md") or CSV ("csv")."""
+def plans_table(plans: Sequence[Plan], form: str = "text", prices: bool = False) -> str:
+    """Plans side by side as aligned text, Markdown ("md") or CSV ("csv"); `prices` adds that of the cards."""
     rows = [TABLE_HEADER, *(table_row(p) for p in plans)]
+    if prices:
+        rows = [(*row, last) for row, last in zip(rows, ("list price $", *map(_price, plans)), strict=True)]
     if form == "csv":
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)
         return text.getvalue().removesuffix("\n")
     return _aligned(rows, form)
+
+
+def _price(plan: Plan) -> str:
+    """The cards' list price at launch, "-" where none was announced."""
+    price = plan.hardware.device.price_usd
+    return "-" if price is None else f"{price * plan.hardware.world_size:.0f}"
 
 
 def _aligned(rows: Sequence[Sequence[str]], form: str) -> str:

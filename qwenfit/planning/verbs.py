@@ -32,6 +32,7 @@ from qwenfit.planning.task import Finetune
 from qwenfit.planning.types import Plan
 
 Echo = Callable[[str], None]
+INSTEAD = {"gpu": "a smaller model; qwenfit plan shows what fits", "precision": "--find gpu"}  # what else to ask
 FITS, DOES_NOT = 0, DoesNotFit.exit_code
 
 
@@ -105,7 +106,7 @@ def answer(model: str, find: str, options: dict[str, Any], form: str, echo: Echo
             names = [hardware_name(p) for p in plans]
             _echo_json({"find": find, "answer": names, "plans": [p.to_dict() for p in plans]}, echo)
         else:
-            echo(plans_table(plans, form))
+            echo(plans_table(plans, form, prices=True))
         return FITS
     where = made.hardware.device.name
     if find == "precision":
@@ -151,6 +152,7 @@ def _no_answer(find: str, sentence: str, form: str, echo: Echo) -> int:
         _echo_json({"find": find, "answer": None, "why": sentence}, echo)
     else:
         echo(sentence)
+        echo(f"  try: {INSTEAD.get(find, '--find precision, or --find gpu')}")
     return DOES_NOT
 
 
