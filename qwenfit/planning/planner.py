@@ -151,20 +151,32 @@ def make_hardware(
         raise UsageError(f"{gpus * nodes} devices are more than the {MAX_DEVICES} that a plan handles.")
     if network_gbps is not None and not 0 < network_gbps <= 1e5:
         raise UsageError(f"network_gbps must be between 0 and 100000 Gb/s, not {network_gbps}.")
-    device = this_device() if gpu is None else find_device(gpu) if isinstance(gpu, str) else gpu
+    device = this_device(gpus) if gpu is None else find_device(gpu) if isinstance(gpu, str) else gpu
     if device.kind in ("cpu", "unified") and gpus * nodes > 1:
         raise UsageError(f"A plan on {device.name} is for one machine.", "Leave --gpus and --nodes at 1.")
     network = None if network_gbps is None else network_gbps * 1e9 / 8
     return Hardware(device, gpus, nodes, network)
 
 
-def this_device() -> Device:
-    """The device a plan uses when none is named: the detected GPU with the most free memory, else this CPU."""
+def this_device(gpus: int = 1) -> Device:
+    """The device a plan uses when none is named: the detected GPU with the most free memory, else this CPU.
+
+    Of several equal GPUs the one with the least free memory: all must hold their part. UsageError when fewer are here.
+    """
     from qwenfit.detect import detect_hardware
 
     devices = detect_hardware()
-    gpus = [d for d in devices if d.kind != "cpu"]
-    return max(gpus or devices, key=lambda d: d.usable_bytes)
+    found = [d for d in devices if d.kind != "cpu"]
+    if not found:
+        return max(devices, key=lambda d: d.usable_bytes)
+    kinds: dict[str, list[Device]] = {}
+    for device in sorted(found, key=lambda d: -d.usable_bytes):
+        kinds.setdefault(device.name, []).append(device)
+    enough = [same[gpus - 1] for same in kinds.values() if len(same) >= gpus]
+    if not enough:
+        here = ", ".join(f"{len(same)} x {name}" for name, same in kinds.items())
+        raise UsageError(f"This machine has {here}, not {gpus} GPUs of a kind.", "Name the card: --gpu NAME")
+    return max(enough, key=lambda d: d.usable_bytes)
 
 
 def choose_precision(config: ModelConfig, task: Task, device: Device, asked: str | None) -> str:

@@ -28,7 +28,7 @@ from qwenfit.planning.search import (
     most_context,
     what_fits,
 )
-from qwenfit.planning.task import Finetune
+from qwenfit.planning.task import Finetune, check_count
 from qwenfit.planning.types import Plan
 
 Echo = Callable[[str], None]
@@ -36,12 +36,15 @@ INSTEAD = {"gpu": "a smaller model; qwenfit plan shows what fits", "precision": 
 FITS, DOES_NOT = 0, DoesNotFit.exit_code
 
 
-def chosen_device(gpu: str | None, measure: bool) -> Device:
+def chosen_device(gpu: str | None, measure: bool, gpus: int = 1) -> Device:
     """The device an option names ("cpu": this machine's), with its bandwidth measured where asked."""
     from qwenfit.detect import cpu_host, measure_bandwidth
     from qwenfit.hardware import with_bandwidth
 
-    device = this_device() if gpu is None else cpu_host() if gpu.lower() == "cpu" else find_device(gpu)
+    if gpu is None:
+        device = this_device(check_count("gpus", gpus))
+    else:
+        device = cpu_host() if gpu.lower() == "cpu" else find_device(gpu)
     if measure:
         if not (device.detected and device.kind == "cpu"):
             raise UsageError(
@@ -53,7 +56,7 @@ def chosen_device(gpu: str | None, measure: bool) -> Device:
 
 def _plan(model: str, options: dict[str, Any], advise: bool = True) -> Plan:
     options = dict(options)
-    device = chosen_device(options.pop("gpu"), options.pop("measure_bandwidth"))
+    device = chosen_device(options.pop("gpu"), options.pop("measure_bandwidth"), options["gpus"])
     return plan(model, options.pop("task"), gpu=device, advise=advise, **options)
 
 
@@ -72,7 +75,7 @@ def plan_one(model: str, options: dict[str, Any], form: str, colour: bool, echo:
 def plan_everything(options: dict[str, Any], form: str, colour: bool, echo: Echo) -> int:
     """Prints the table of every dense Qwen in every precision on this hardware, and the best that fits."""
     options = dict(options)
-    device = chosen_device(options.pop("gpu"), options.pop("measure_bandwidth"))
+    device = chosen_device(options.pop("gpu"), options.pop("measure_bandwidth"), options["gpus"])
     sizes = {key: options[key] for key in (*INFERENCE_FIELDS, *FINETUNE_FIELDS)}
     task = make_task(options["task"], options["context"], sizes)
     hardware = make_hardware(device, options["gpus"], options["nodes"], options["network_gbps"])
