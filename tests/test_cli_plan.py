@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -474,3 +475,18 @@ def test_the_ranking_of_cards_shows_what_it_ranks_by(cli: Cli) -> None:
     prices = [float(row["list price $"]) for row in rows if row["list price $"] != "-"]
     assert len(prices) > 5 and prices == sorted(prices)
     assert {row["hardware"]: row["list price $"] for row in rows}["2 x RTX 3060 12GB (layers)"] == "658"
+
+
+def test_every_speed_has_an_interval_and_what_binds_it(cli: Cli) -> None:
+    """A long prompt is bound by arithmetic, its answers by memory; each request's part is told too."""
+    text = " ".join(cli("Qwen-7B", "--gpu", "H100", "--prompt", "2048", "--batch", "8").out.split())
+    number = r"[\d,.]+"
+    for pattern in (
+        rf"{number} tokens/s generated \({number} to {number}\), bound by memory bandwidth",
+        rf"{number} tokens/s \({number} to {number}\) for each of 8 requests",
+        rf"{number} ms \({number} ms to {number} ms\) to the first token of a 2,048-token prompt, bound by compute",
+    ):
+        assert re.search(pattern, text), pattern
+    speed = cli("Qwen-7B", "--gpu", "H100", "--prompt", "2048", "--json").json()["speed"]
+    assert speed["time_to_first_token_interval"]["low"] < speed["time_to_first_token"]
+    assert speed["time_to_first_token_bound"] == "compute"

@@ -118,14 +118,15 @@ def _speed_rows(speed: Speed, plan: Plan) -> list[str]:
     low, high = _number(speed.interval.low), _number(speed.interval.high)
     rows = [f"speed   {_number(speed.tokens_per_s)} tokens/s generated ({low} to {high}), bound by {speed.bound}"]
     assert isinstance(plan.task, Inference)
-    if plan.task.batch > 1 and speed.tokens_per_s_per_request is not None:
-        rows.append(
-            f"        {_number(speed.tokens_per_s_per_request)} tokens/s for each of {plan.task.batch} requests"
-        )
-    if speed.time_to_first_token is not None:
-        rows.append(
-            f"        {_seconds(speed.time_to_first_token)} to the first token of a {plan.task.prompt:,}-token prompt"
-        )
+    span = speed.tokens_per_s_per_request_interval
+    if plan.task.batch > 1 and speed.tokens_per_s_per_request is not None and span is not None:
+        each = f"{_number(speed.tokens_per_s_per_request)} tokens/s ({_number(span.low)} to {_number(span.high)})"
+        rows.append(f"        {each} for each of {plan.task.batch:,} requests")
+    span = speed.time_to_first_token_interval
+    if speed.time_to_first_token is not None and span is not None:
+        first = f"{_seconds(speed.time_to_first_token)} ({_seconds(span.low)} to {_seconds(span.high)})"
+        of = f"to the first token of a {plan.task.prompt:,}-token prompt"
+        rows.append(f"        {first} {of}, bound by {speed.time_to_first_token_bound}")
     return rows
 
 
