@@ -118,13 +118,14 @@ def _speed_rows(speed: Speed, plan: Plan) -> list[str]:
     low, high = _number(speed.interval.low), _number(speed.interval.high)
     rows = [f"speed   {_number(speed.tokens_per_s)} tokens/s generated ({low} to {high}), bound by {speed.bound}"]
     assert isinstance(plan.task, Inference)
-    span = speed.tokens_per_s_per_request_interval
-    if plan.task.batch > 1 and speed.tokens_per_s_per_request is not None and span is not None:
-        each = f"{_number(speed.tokens_per_s_per_request)} tokens/s ({_number(span.low)} to {_number(span.high)})"
+    each_span, first_span = speed.tokens_per_s_per_request_interval, speed.time_to_first_token_interval
+    if plan.task.batch > 1 and speed.tokens_per_s_per_request is not None and each_span is not None:
+        low, high = _number(each_span.low), _number(each_span.high)
+        each = f"{_number(speed.tokens_per_s_per_request)} tokens/s ({low} to {high})"
         rows.append(f"        {each} for each of {plan.task.batch:,} requests")
-    span = speed.time_to_first_token_interval
-    if speed.time_to_first_token is not None and span is not None:
-        first = f"{_seconds(speed.time_to_first_token)} ({_seconds(span.low)} to {_seconds(span.high)})"
+    if speed.time_to_first_token is not None and first_span is not None:
+        low, high = _seconds(first_span.low), _seconds(first_span.high)
+        first = f"{_seconds(speed.time_to_first_token)} ({low} to {high})"
         of = f"to the first token of a {plan.task.prompt:,}-token prompt"
         rows.append(f"        {first} {of}, bound by {speed.time_to_first_token_bound}")
     return rows
