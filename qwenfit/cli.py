@@ -51,11 +51,11 @@ def app() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a verb; prints an expected failure as one sentence with a hint, and exits with its code."""
-    words = sys.argv[1:] if arguments is None else arguments
     try:
-        sys.exit(_run(words))
+        sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
     except QwenfitError as error:
-        _fail(error.message, error.hint or _help_on(words, error), error.exit_code)
+        hint = error.hint or _help_on(sys.argv[1:] if arguments is None else arguments, error)
+        _fail(error.message, hint, error.exit_code)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f"{context.command_path} --help" if context is not None else "qwenfit --help"
