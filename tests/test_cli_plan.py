@@ -460,6 +460,7 @@ def test_every_refusal_says_what_to_do_next(cli: Cli, tmp_path: Path) -> None:
         (("Qwen-7B", *RTX, "--batch", "-1"), "qwenfit plan --help"),
         (("Qwen-7B", *RTX, "--gpus", "3", "--parallel", "tensor"), "--parallel layers"),
         (("Qwen2.5-Coder-7B", *RTX), "Hub id"),
+        (("Qwen-7B", *RTX, "--task", "lora", "--micro-batch", "1000000"), "error: micro_batch x seq_len = 1024000000"),
         ((write(tmp_path / "config.json", QWEN_1 | {"hidden_size": 10**30}), *RTX), "Download the file again"),
     ):
         result = cli(*map(str, arguments))
