@@ -73,8 +73,6 @@ def plan(
     the_task = task if isinstance(task, Inference | Finetune) else make_task(task, context, sizes)
     hardware = make_hardware(gpu, gpus, nodes, network_gbps)
     chosen = choose_precision(config, the_task, hardware.device, precision)
-    if isinstance(the_task, Inference):
-        the_task = _usable_cache(the_task, chosen, hardware.device)
     check_context(config, the_task)
     check_host_factor(host_factor)
     made = build_plan(config, hardware, the_task, chosen, the_stack, parallel, host_factor, spec=_spec(model))
@@ -251,6 +249,8 @@ def build_plan(
     spec: str = "",
 ) -> Plan:
     """The arithmetic, with everything decided: no detection, no files."""
+    if isinstance(task, Inference):
+        task = _usable_cache(task, precision, hardware.device)
     check_task(hardware.device, task, stack)
     check_precision(config, precision)
     way = choose_parallel(config, hardware, task, precision, stack, parallel)

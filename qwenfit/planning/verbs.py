@@ -90,7 +90,7 @@ def plan_everything(options: dict[str, Any], form: str, colour: bool, echo: Echo
     if form == "text":
         echo(
             f"\n{len(fitting)} of {len(plans)} pairs of model and precision fit {hardware_name(plans[0])} "
-            f"({size(device.usable_bytes)} each), {what_task(task)}."
+            f"({size(device.usable_bytes)} each), {what_task(plans[0].task)}."
         )
         if (best := best_fit(plans)) is not None:
             echo("\nThe largest that fits:\n")
