@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import sys
+import warnings
 from typing import Any
 
 import click
@@ -31,6 +32,8 @@ class LazyGroup(click.Group):
         return [*super().list_commands(ctx), *RUNNING, *TUNING]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in (*RUNNING, *TUNING):  # torch would tell everyone that numpy, which is not needed, is not here
+            warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
         if cmd_name in RUNNING:
             from qwenfit import cli_run
 
