@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
+import warnings
 from typing import Any
 
 import click
@@ -30,6 +32,8 @@ class LazyGroup(click.Group):
         return [*super().list_commands(ctx), *RUNNING, *TUNING]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in (*RUNNING, *TUNING):  # torch would tell everyone that numpy, which is not needed, is not here
+            warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
         if cmd_name in RUNNING:
             from qwenfit import cli_run
 
@@ -53,7 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
     except QwenfitError as error:
-        _fail(error.message, error.hint, error.exit_code)
+        hint = error.hint or _help_on(sys.argv[1:] if arguments is None else arguments, error)
+        _fail(error.message, hint, error.exit_code)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f"{context.command_path} --help" if context is not None else "qwenfit --help"
@@ -74,8 +79,13 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
     except BrokenPipeError:  # `qwenfit plan | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_output()
         sys.exit(0)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _close_output()  # what could not be written may be the answer itself
+        _fail(f"The disk is full: {error.filename or 'the output'} could not be written.", "df -h shows the room.", 1)
 
 
 def _run(arguments: list[str]) -> int:
@@ -85,8 +95,20 @@ def _run(arguments: list[str]) -> int:
             code = app.invoke(context)
     except click.exceptions.Exit as end:
         code = end.exit_code
-    sys.stdout.flush()
+    if sys.stdout is not None:  # it may be closed
+        sys.stdout.flush()
     return code if isinstance(code, int) else 0
+
+
+def _close_output() -> None:
+    """So that Python does not try once more, at its end, to write what could not be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _help_on(words: list[str], error: QwenfitError) -> str | None:
+    """Where a verb's own message ends without a next step: the verb's help."""
+    verb = next((word for word in words if not word.startswith("-")), None)
+    return f"qwenfit {verb} --help" if isinstance(error, UsageError) and verb is not None else None
 
 
 def _fail(message: str, hint: str | None, code: int) -> None:
@@ -97,7 +119,7 @@ def _fail(message: str, hint: str | None, code: int) -> None:
 
 
 def _colour() -> bool:
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    return sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
 def _print_json(value: Any) -> None:

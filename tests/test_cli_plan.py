@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -247,7 +248,7 @@ def test_find_gpu_ranks_cards_and_an_impossible_question_has_no_answer_in_every_
     for find in ("context", "batch", "precision"):
         nothing = cli("Qwen-72B", *RTX, "--find", find, "--json")
         assert nothing.code == 3 and nothing.json()["answer"] is None
-        assert cli("Qwen-72B", *RTX, "--find", find).out.count("\n") == 1
+        assert [line[:7] for line in cli("Qwen-72B", *RTX, "--find", find).out.splitlines()] == ["Qwen-72", "  try: "]
 
 
 def test_all_of_json_without_a_model_and_exit_3_when_nothing_fits(cli: Cli) -> None:
@@ -435,3 +436,58 @@ def test_this_machine_is_planned_when_no_card_is_named(cli: Cli) -> None:
     made = cli("Qwen2.5-0.5B", "--gpu", "cpu", "--json").json()
     assert made["hardware"]["usable_bytes"] <= made["hardware"]["memory_bytes"]
     assert cli("Qwen2.5-0.5B").code in (0, 3)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize("arguments", [("plan", "Qwen-7B", *RTX), ("guide", "--table", "models")], ids=" ".join)
+def test_a_full_disk_is_one_sentence(arguments: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "qwenfit", *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == "error: The disk is full: the output could not be written."
+    assert "Traceback" not in done.stderr and "ignored" not in done.stderr
+
+
+def test_a_closed_output_is_no_bug() -> None:
+    command = f"{sys.executable} -m qwenfit plan Qwen-7B --gpu H100 >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_refusal_says_what_to_do_next(cli: Cli, tmp_path: Path) -> None:
+    for arguments, word in (
+        (("Qwen-7B", *RTX, "--batch", "-1"), "qwenfit plan --help"),
+        (("Qwen-7B", *RTX, "--gpus", "3", "--parallel", "tensor"), "--parallel layers"),
+        (("Qwen2.5-Coder-7B", *RTX), "Hub id"),
+        (("Qwen-7B", *RTX, "--task", "lora", "--micro-batch", "1000000"), "error: micro_batch x seq_len = 1024000000"),
+        ((write(tmp_path / "config.json", QWEN_1 | {"hidden_size": 10**30}), *RTX), "Download the file again"),
+    ):
+        result = cli(*map(str, arguments))
+        assert result.code in (2, 4, 5)
+        assert "\n  try: " in result.err and word in result.err
+    assert "hidden_size of many digits" in result.err
+    asked = cli("Qwen-72B", *RTX, "--find", "context")
+    assert asked.code == 3 and "--find precision, or --find gpu" in asked.out
+
+
+def test_the_ranking_of_cards_shows_what_it_ranks_by(cli: Cli) -> None:
+    rows = list(csv.DictReader(io.StringIO(cli("Qwen-7B", *RTX, "--find", "gpu", "-o", "csv").out)))
+    prices = [float(row["list price $"]) for row in rows if row["list price $"] != "-"]
+    assert len(prices) > 5 and prices == sorted(prices)
+    assert {row["hardware"]: row["list price $"] for row in rows}["2 x RTX 3060 12GB (layers)"] == "658"
+
+
+def test_every_speed_has_an_interval_and_what_binds_it(cli: Cli) -> None:
+    """A long prompt is bound by arithmetic, its answers by memory; each request's part is told too."""
+    text = " ".join(cli("Qwen-7B", "--gpu", "H100", "--prompt", "2048", "--batch", "8").out.split())
+    number = r"[\d,.]+"
+    for pattern in (
+        rf"{number} tokens/s generated \({number} to {number}\), bound by memory bandwidth",
+        rf"{number} tokens/s \({number} to {number}\) for each of 8 requests",
+        rf"{number} ms \({number} ms to {number} ms\) to the first token of a 2,048-token prompt, bound by compute",
+    ):
+        assert re.search(pattern, text), pattern
+    speed = cli("Qwen-7B", "--gpu", "H100", "--prompt", "2048", "--json").json()["speed"]
+    assert speed["time_to_first_token_interval"]["low"] < speed["time_to_first_token"]
+    assert speed["time_to_first_token_bound"] == "compute"

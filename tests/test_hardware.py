@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -20,6 +21,7 @@ from qwenfit.detect.bandwidth import _Reader
 from qwenfit.detect.cpu import read_cpuinfo
 from qwenfit.errors import NotFound, QwenfitError, UsageError
 from qwenfit.hardware import GIB, all_devices, capability_notes, cost_key, cpu_names, find_device, with_bandwidth
+from qwenfit.planning.planner import plan, this_device
 
 GUIDE_CARDS = [
     *("GTX 1660", "T4", "RTX 2080", "RTX 3060", "RTX 3060 12GB", "RTX 3060 Ti", "RTX 3070", "RTX 3080", "RTX 3090"),
@@ -464,3 +466,14 @@ def test_a_pinned_main_thread_does_not_hide_the_other_cores() -> None:
         os.sched_setaffinity(0, mine)
         done.set()
         other.join()
+
+
+def test_several_gpus_of_this_machine_are_planned_for_the_fullest_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = [replace(find_device("RTX 3090"), free_bytes=free, detected=True) for free in (9 * GIB, 20 * GIB, 14 * GIB)]
+    cards.append(replace(find_device("RTX 4090"), free_bytes=18 * GIB, detected=True))
+    monkeypatch.setattr("qwenfit.detect.detect_hardware", lambda: [*cards, cpu_host()])
+    assert [this_device(n).usable_bytes // GIB for n in (1, 2, 3)] == [20, 14, 9]
+    with pytest.raises(UsageError, match="3 x RTX 3090, 1 x RTX 4090, not 4 GPUs of a kind") as refused:
+        this_device(4)
+    assert refused.value.hint and "--gpu" in refused.value.hint
+    assert plan("Qwen-7B", gpus=3, advise=False).capacity == 9 * GIB

@@ -51,7 +51,8 @@ def get_model(name: str) -> ModelConfig:
     if config is None:
         name = name[:80]  # a pasted text is no name
         near = nearest(canonical_name(name), dense_model_names())
-        hint = f"Did you mean {', '.join(near)}?" if near else "qwenfit models lists what is known."
+        ways = [f"Did you mean {', '.join(near)}?"] if near else ["qwenfit models lists what is known."]
+        hint = " ".join([*ways, "Others are named by their folder or Hub id, OWNER/NAME."])
         raise NotFound(f"The catalog has no model named {name!r}.", hint)
     return config
 

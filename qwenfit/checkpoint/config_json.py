@@ -40,6 +40,7 @@ FOREIGN_KEYS = {
     "audio": "an audio model",
     "audio_config": "an audio model",
 }
+OTHER_FILES = "Take the model's 16-bit, GPTQ or AWQ files."
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -244,25 +245,30 @@ def quantization_from(section: Fields) -> Quantization:
     if method not in ("gptq", "awq"):
         raise UsageError(
             f"{section.what} names the method {shown(method)}; qwenfit reads GPTQ and AWQ.",
-            "Take the model's 16-bit, GPTQ or AWQ files.",
+            OTHER_FILES,
         )
     _require(section, "lm_head", False)
     if section.table.get("dynamic"):
-        raise UsageError(f"{section.what} has rules per layer (dynamic), which qwenfit does not read.")
+        raise UsageError(f"{section.what} has rules per layer (dynamic), which qwenfit does not read.", OTHER_FILES)
     bits = section.integer("bits", "w_bit", most=32)
     if bits not in ((4, 8) if method == "gptq" else (4,)):
-        raise UsageError(f"{section.what} asks for {bits} bits, which qwenfit does not run with {method.upper()}.")
+        raise UsageError(
+            f"{section.what} asks for {bits} bits, which qwenfit does not run with {method.upper()}.", OTHER_FILES
+        )
     group_size = section.integer("group_size", "q_group_size", least=-1, most=MAX_INNER, default=128)
     if group_size == 0:
         raise section.bad("has a group_size of 0")
     if method == "awq":
         if (version := section.word("version", default="gemm").lower()) != "gemm":
-            raise UsageError(f"{section.what} packs its weights as {shown(version)}; of AWQ qwenfit reads gemm.")
+            raise UsageError(
+                f"{section.what} packs its weights as {shown(version)}; of AWQ qwenfit reads gemm.", OTHER_FILES
+            )
         return Quantization("awq", bits, group_size, False, not section.flag("zero_point", default=True))
     layout = section.word("checkpoint_format", default="gptq")
     if layout not in ("gptq", "gptq_v2"):
         raise UsageError(
-            f"{section.what} packs its weights as {shown(layout)}; of GPTQ qwenfit reads gptq and gptq_v2."
+            f"{section.what} packs its weights as {shown(layout)}; of GPTQ qwenfit reads gptq and gptq_v2.",
+            OTHER_FILES,
         )
     desc_act, sym = section.flag("desc_act", default=False), section.flag("sym", default=True)
     return Quantization("gptq", bits, group_size, desc_act, sym, layout)

@@ -45,8 +45,8 @@ class Fields:
         if type(value) is not int:  # True is an int to isinstance
             raise self.bad(f"has a {key} that is not an integer: {shown(value)}")
         if not least <= value <= most:
-            size = f"{value:,}" if abs(value) < 10**18 else "of many digits"
-            raise self.bad(f"has a {key} of {size}, which is not between {least:,} and {most:,}")
+            size = f"of {value:,}" if abs(value) < 10**18 else "of many digits"
+            raise self.bad(f"has a {key} {size}, which is not between {least:,} and {most:,}")
         return value
 
     def number(self, *keys: str, least: float, most: float, default: Any = _REQUIRED) -> float:

@@ -36,8 +36,16 @@ def resolve_model(spec: str | os.PathLike[str] | ModelConfig) -> ModelConfig:
     Raises NotFound (also when offline), BadFile for files that are malformed, contradict themselves or are pickles,
     and UsageError for models that qwenfit does not handle.
     """
-    if isinstance(spec, ModelConfig):
-        return spec
+    try:
+        return spec if isinstance(spec, ModelConfig) else _resolve(spec)
+    except BadFile as error:
+        error.hint = (
+            error.hint or "Download the file again, or name another model: qwenfit models lists the known ones."
+        )
+        raise
+
+
+def _resolve(spec: str | os.PathLike[str]) -> ModelConfig:
     text = os.fspath(spec).strip()
     if not text:
         raise UsageError("No model is named.", "qwenfit models lists what is known.")

@@ -18,6 +18,7 @@ from qwenfit.guide.render import error_text, number_text
 from qwenfit.guide.types import AGREES, DIFFERS, IMPOSSIBLE, MEMORY, OOM, S_PER_ITER, TOKENS_PER_S, Cell
 from qwenfit.planning.constants import FITTED, GOALS, MEASURED, READ, Constant
 from qwenfit.planning.device_speed import MEASURED_READ_SHARE, READ_SHARE
+from qwenfit.planning.finetune_qwenfit import FITTED as TRAINER
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MOST_FITTED = 10
@@ -233,11 +234,13 @@ def _constants() -> str:
 
     shares = ", ".join(f"{name} {share:g}" for name, share in MEASURED_READ_SHARE.items())
     return (
-        f"## Constants\n\n### Fitted ({len(FITTED)} of at most {MOST_FITTED})\n\n{table(FITTED.values())}\n\n"
+        f"## Constants\n\n### Fitted to the guide and to vLLM ({len(FITTED)} of at most {MOST_FITTED})\n\n"
+        f"{table(FITTED.values())}\n\n"
         f"### Read or measured elsewhere, not adjusted to the guide\n\n{table(READ.values())}\n\n"
         f"Share of the peak bandwidth that a plain read reaches: {shares}; other cards {READ_SHARE:g} "
         "(sources in qwenfit/planning/device_speed.py).\n\n"
         f"### Measured on this project's own engine\n\n{table(MEASURED.values())}\n\n"
+        f"### Measured on this project's own trainer\n\n{table(TRAINER.values())}\n\n"
         f"### Goals of this project's own engine and trainer\n\n{table(GOALS.values())}"
     )
 

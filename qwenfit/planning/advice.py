@@ -10,6 +10,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from qwenfit.catalog import read_csv
+from qwenfit.guide.cards import NamedCards, named_cards
+from qwenfit.hardware import Hardware
 from qwenfit.planning.search import (
     biggest_batch,
     cards_that_fit,
@@ -20,8 +22,16 @@ from qwenfit.planning.search import (
 )
 from qwenfit.planning.stack import get_stack
 from qwenfit.planning.task import Finetune, Inference
-from qwenfit.planning.types import DOES_NOT_FIT, FITS, HOST, LINK, Advice, Plan
+from qwenfit.planning.types import DOES_NOT_FIT, FITS, HOST, LINK, TIGHT, Advice, Plan
 from qwenfit.planning.weights import BITS
+
+# What rounding costs, for the choice of a precision: MMLU of Qwen-7B-Chat (official README).
+QUALITY = {"bf16": 55.8, "int8": 55.4, "int4": 55.1}
+FLASH = (
+    "it takes less memory and time on Ampere and newer, the more the longer the context (the guide: 40 % for batches); "
+    "the official code uses it where it is installed"
+)
+LONG = 4096  # tokens: from here on the guide advises an int8 KV cache
 
 
 def advice_for(plan: Plan) -> tuple[Advice, ...]:
@@ -53,6 +63,7 @@ def _arguments(plan: Plan) -> dict[str, Any]:
         "gpu": hardware.device.name,
         "gpus": hardware.gpus,
         "nodes": hardware.nodes,
+        "parallel": plan.asked_parallel,
     }
 
 
@@ -65,7 +76,7 @@ def _advise(found: list[Advice], what: str, why: str, plan: Plan, other: Plan | 
 
 
 def _guide_cards(plan: Plan) -> list[Advice]:
-    """The guide's minimum and recommended cards, for running the four models it speaks of."""
+    """The guide's minimum and recommended cards, as far as they hold the plan, for the four models it speaks of."""
     if not isinstance(plan.task, Inference) or plan.model.architecture != "qwen1":
         return []
     rows = [row for row in read_csv("guide/requirements.csv") if row["model"] == plan.model.name]
@@ -73,9 +84,27 @@ def _guide_cards(plan: Plan) -> list[Advice]:
     least = next((row["minimum_gpu"] for row in rows if row["precision"] == precision), None)
     if least is None:
         return []
-    best = next(row["recommended_gpu"] for row in rows if row["recommended_gpu"])
-    why = "what the guide names for this model and precision; --find gpu ranks every card of the catalog"
-    return [Advice(f"take at least {least}; recommended is {best}", why)]
+    recommended = named_cards(next(row["recommended_gpu"] for row in rows if row["recommended_gpu"]))
+    best = _any_of([card.text for card in recommended if _holds(card, plan)])
+    every = "--find gpu ranks every card of the catalog"
+    if _holds(named_cards(least)[0], plan):
+        what = f"take at least {least}" + (f"; recommended is {best}" if best else "")
+        return [Advice(what, f"what the guide names for this model and precision; {every}")]
+    if not best:
+        return []
+    return [
+        Advice(f"take {best}", f"the guide recommends it; {least}, the least it names, does not hold this; {every}")
+    ]
+
+
+def _any_of(names: list[str]) -> str:
+    """a, b or c"""
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _holds(cards: NamedCards, plan: Plan) -> bool:
+    other = try_replan(plan, hardware=Hardware(cards.device, cards.count))
+    return other is not None and other.fits
 
 
 def _ways_to_fit(plan: Plan) -> list[Advice]:
@@ -98,7 +127,9 @@ def _inference_ways(plan: Plan, task: Inference) -> list[Advice]:
         if BITS[precision] >= BITS[plan.precision]:
             continue
         share = BITS[precision] / BITS[plan.precision]
-        why = f"the layers' weights take {share:.2g} of the bytes; embedding and head stay 16-bit"
+        why = (
+            f"the layers' weights take {share:.2g} of the bytes; embedding and head stay 16-bit; {_quality(precision)}"
+        )
         if _advise(found, f"use {precision} weights", why, plan, try_replan(plan, precision=precision)):
             continue
         if task.kv_cache != "int8":
@@ -168,7 +199,8 @@ def _more_hardware(plan: Plan) -> list[Advice]:
         name = best.hardware.device.name
         what = f"use one {name}" if fewest == 1 else f"use {fewest} x {name}"
         kind = "single card" if fewest == 1 else f"set of {fewest}, the fewest that will do,"
-        _advise(found, what, f"the cheapest {kind} of the catalog that holds it", plan, best)
+        first = "smallest" if best.hardware.device.price_usd is None else "cheapest"
+        _advise(found, what, f"the {first} {kind} of the catalog that holds it", plan, best)
     return found
 
 
@@ -179,7 +211,7 @@ def _faster_inference(plan: Plan, task: Inference) -> list[Advice]:
         why = "this software is bound by the host that launches its kernels, not by the card: CUDA graphs remove that"
         _advise(found, "use the qwenfit stack", why, plan, try_replan(plan, stack="qwenfit"))
     if plan.stack == "transformers-4.3x" and plan.hardware.device.flash_attention == 2 and task.kv_cache != "int8":
-        why = "it takes less memory and time on Ampere and newer; the official code uses it where it is installed"
+        why = FLASH
         if task.flash_attention is False:
             other = try_replan(plan, task=replace(task, flash_attention=True))
             _advise(found, "install FlashAttention 2 (pip install flash-attn)", why, plan, other)
@@ -189,11 +221,20 @@ def _faster_inference(plan: Plan, task: Inference) -> list[Advice]:
     if plan.precision in ("bf16", "fp16"):
         other = try_replan(plan, precision="int4")
         if other and other.speed.tokens_per_s > 1.2 * pace:
-            why = "decoding is a matter of bytes read; 7B's MMLU goes from 55.8 to 55.1 (official README)"
+            why = f"decoding is a matter of bytes read; {_quality('int4')}"
             _advise(found, "use int4 weights for speed", why, plan, other)
+        if plan.verdict == TIGHT:
+            why = f"a balance of memory and quality where 16 bits leave no room; {_quality('int8')}"
+            _advise(found, "use int8 weights", why, plan, try_replan(plan, precision="int8"))
+    elif plan.precision in ("int8", "int4") and plan.model.quantization is None:
+        found += _finer_weights(plan)
     pool = get_stack(plan.stack).utilization is not None  # then the cache is what is left, whatever is needed
-    if not pool and task.kv_cache != "int8" and plan.memory.kv_cache > 0.25 * plan.memory.allocated:
-        why = "the cache is a large part of the memory; int8 halves it, so batch or context can double"
+    worth = 0.05 if task.context >= LONG or plan.verdict == TIGHT else 0.25
+    if not pool and task.kv_cache != "int8" and plan.memory.kv_cache > worth * plan.memory.allocated:
+        why = (
+            "int8 halves it, so that batch or context can double; the guide advises it for 4,096 tokens and more, for "
+            "batches, and where memory is short"
+        )
         other = try_replan(plan, task=replace(task, kv_cache="int8"))
         _advise(found, "quantize the KV cache to int8", why, plan, other)
     if plan.stack != "vllm" and (plan.parallel == "layers" or task.batch > 1):
@@ -208,6 +249,22 @@ def _faster_inference(plan: Plan, task: Inference) -> list[Advice]:
     if task.batch > 1 and task.shared_prefix == 0 and task.prompt >= 256 and get_stack(plan.stack).paged:
         why = "requests that begin alike keep one copy of the common part in a paged cache"
         found.append(Advice("share the prefix (--shared-prefix)", why))
+    return found
+
+
+def _quality(precision: str) -> str:
+    return f"Qwen-7B-Chat's MMLU goes from {QUALITY['bf16']} to {QUALITY[precision]} (official README)"
+
+
+def _finer_weights(plan: Plan) -> list[Advice]:
+    """The finest weights that fit with room to spare: quality, where memory is not short."""
+    found: list[Advice] = []
+    for precision in (sixteen_bit(plan.hardware.device), "int8"):
+        other = try_replan(plan, precision=precision) if BITS[precision] > BITS[plan.precision] else None
+        if other and other.verdict == FITS:
+            why = f"they fit too, where quality counts before speed: in {plan.precision} {_quality(plan.precision)}"
+            _advise(found, f"use {precision} weights for quality", why, plan, other)
+            break
     return found
 
 
@@ -226,6 +283,10 @@ def _better_finetuning(plan: Plan, task: Finetune) -> list[Advice]:
         if other and other.speed.tokens_per_s > 1.02 * pace:
             why = "it fits too, and the weights need not be gathered in every pass"
             _advise(found, "use ZeRO-2", why, plan, other)
+    elif plan.hardware.nodes > 1:
+        seconds = plan.speed.terms["link"]
+        why = f"{seconds:.2g} s of each iteration are planned for it; qwenfit doctor --network measures it"
+        found.append(Advice("test the network between the nodes first", why))
     if plan.speed.bound == LINK:
         more = try_replan(plan, task=replace(task, micro_batch=2 * task.micro_batch))
         why = "the link between the GPUs sets the pace: more work for each transfer, or a faster link"
@@ -240,6 +301,10 @@ def _better_finetuning(plan: Plan, task: Finetune) -> list[Advice]:
         if other and other.speed.tokens_per_s > pace:
             why = "it fits too and is faster: no dequantization, and it merges onto the weights it was trained on"
             _advise(found, "use LoRA on the 16-bit model", why, plan, other)
+    if plan.stack == "transformers-4.3x" and plan.hardware.device.flash_attention == 2:
+        found.append(
+            Advice("install FlashAttention 2 (pip install flash-attn)", f"{FLASH}, and this plan counts on it")
+        )
     if task.method == "lora" and plan.stack == "transformers-4.3x":
         why = "a base model must learn the ChatML tokens: LoRA then trains embedding and head too (LoRA (emb))"
         other = try_replan(plan, task=replace(task, method="lora-emb"))

@@ -23,6 +23,16 @@ def check_context(config: ModelConfig, task: Task) -> None:
         )
 
 
+def check_precision(config: ModelConfig, precision: str) -> None:
+    """UsageError where integers of a checkpoint would be rounded a second time, to other integers."""
+    stored = config.quantization
+    if stored is not None and precision in ("int8", "int4") and precision != f"int{stored.bits}":
+        raise UsageError(
+            f"{config.name} holds int{stored.bits} weights, which {precision} would round a second time.",
+            f"Use --precision int{stored.bits}, or the 16-bit model.",
+        )
+
+
 def check_task(device: Device, task: Task, stack: Stack) -> None:
     """UsageError where the stack's software or the card cannot do the task at all."""
     if isinstance(task, Inference):

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 
-from qwenfit.catalog import canonical_name
-from qwenfit.planning.stack import get_stack
 from qwenfit.planning.task import Finetune, Inference
 from qwenfit.planning.types import Plan
 
@@ -15,11 +12,16 @@ STAGES = {"data": "0", "zero2": "2", "zero3": "3"}  # Plan.parallel of a finetun
 
 def command_for(plan: Plan) -> str:
     """What to type: qwenfit's own verbs, or the other stack's command with the same sizes."""
-    if isinstance(plan.task, Finetune):
-        return _tune(plan, plan.task)
-    if plan.stack == "vllm":
-        return _vllm(plan, plan.task)
-    return _chat(plan, plan.task)
+    if plan.stack != "qwenfit" or runs_elsewhere(plan):
+        from qwenfit.planning.peer_command import peer_command
+
+        return peer_command(plan)
+    return _tune(plan, plan.task) if isinstance(plan.task, Finetune) else _chat(plan, plan.task)
+
+
+def runs_elsewhere(plan: Plan) -> bool:
+    """qwenfit's own engine works on one device: over several an inference is vLLM's to run."""
+    return plan.stack == "qwenfit" and isinstance(plan.task, Inference) and plan.hardware.world_size > 1
 
 
 def _model(plan: Plan) -> str:
@@ -28,54 +30,19 @@ def _model(plan: Plan) -> str:
 
 def _chat(plan: Plan, task: Inference) -> str:
     parts = ["qwenfit", "chat" if task.batch == 1 else "generate", _model(plan), "--precision", plan.precision]
-    if task.kv_cache == "int8":
-        parts += ["--kv-cache", "int8"]
+    if task.kv_cache not in ("bf16", "fp16") or plan.precision == "fp32":  # else what the verbs choose by themselves
+        parts += ["--kv-cache", task.kv_cache]
     if task.head_precision is not None:
         parts += ["--head-precision", task.head_precision]
     parts += ["--context", str(task.context)]
     if task.batch > 1:
-        parts += ["--batch", str(task.batch)]
-    if plan.hardware.world_size > 1:
-        parts += ["--gpus", str(plan.hardware.gpus)]
-    return " ".join(parts)
+        parts += ["--batch", str(task.batch), "--input", "PROMPTS.jsonl", "--output", "ANSWERS.jsonl"]
+    return " ".join(parts + _on_cpu(plan))
 
 
-def _vllm(plan: Plan, task: Inference) -> str:
-    qwen1 = plan.model.architecture == "qwen1"
-    converted = shlex.quote(f"./{plan.model.name.split('/')[-1]}-{plan.precision}-qwen2")
-    parts = ["vllm serve", converted if qwen1 else hub_id(plan)]
-    parts += ["--max-model-len", str(task.context), "--max-num-seqs", str(task.batch)]
-    parts += ["--gpu-memory-utilization", f"{_utilization(plan):.2f}"]
-    if plan.parallel == "tensor":
-        parts += ["--tensor-parallel-size", str(plan.hardware.world_size)]
-    elif plan.parallel == "layers":
-        parts += ["--pipeline-parallel-size", str(plan.hardware.world_size)]
-    if task.kv_cache == "int8":
-        parts += ["--kv-cache-dtype", "fp8"]
-    command = " ".join(parts)
-    if qwen1:  # vLLM has no Qwen-1 model any more
-        command = f"qwenfit convert {hub_id(plan)} {converted} && {command}"
-    return command
-
-
-def _utilization(plan: Plan) -> float:
-    """vLLM's share of the whole card: of a detected one it gets its share of what is free."""
-    device = plan.hardware.device
-    total = device.memory_bytes if device.visible_bytes is None or device.detected else device.visible_bytes
-    return (get_stack(plan.stack).utilization or 1.0) * plan.capacity / total
-
-
-def hub_id(plan: Plan) -> str:
-    """The Hub repository of a catalog model in the plan's precision; a path or another repository as it was named."""
-    name = plan.model.name
-    if canonical_name(plan.spec) != name or os.path.exists(plan.spec):
-        return _model(plan)
-    if plan.precision not in ("int8", "int4"):
-        return f"Qwen/{name}"
-    bits = plan.precision.capitalize()
-    generation = name.split("-")[0]
-    suffix = {"Qwen": f"-Chat-{bits}", "Qwen1.5": f"-Chat-GPTQ-{bits}", "Qwen3": f"-GPTQ-{bits}"}
-    return f"Qwen/{name}{suffix.get(generation, f'-Instruct-GPTQ-{bits}')}"
+def _on_cpu(plan: Plan) -> list[str]:
+    """The verbs take a GPU where there is one, so that the CPU has to be named."""
+    return ["--device", "cpu"] if plan.hardware.device.kind == "cpu" else []
 
 
 def _tune(plan: Plan, task: Finetune) -> str:
@@ -100,4 +67,4 @@ def _tune(plan: Plan, task: Finetune) -> str:
         parts += ["--precision", plan.precision]
     if plan.parallel in STAGES:
         parts += ["--zero", STAGES[plan.parallel]]
-    return " ".join(parts)
+    return " ".join(parts + _on_cpu(plan))

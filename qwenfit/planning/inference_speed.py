@@ -108,16 +108,19 @@ def prefill_seconds(
     stack: Stack,
     parallel: str,
     host_factor: float = 1.0,
-) -> float:
-    """Seconds until the first token of one prompt alone: products, causal attention, one decode-like pass at least."""
+) -> tuple[float, str]:
+    """Seconds until the first token of one prompt alone, and what binds them.
+
+    The products and causal attention, the launches of their kernels, or one decode-like pass: the slowest.
+    """
     shards = hardware.world_size if parallel == "tensor" else 1
     on_cpu = hardware.device.kind == "cpu"
     share = measured("qwenfit_cpu_prefill_share") if on_cpu else stack.prefill_share
     compute = prefill_flops(config, prompt) / (matmul_flops(hardware.device, precision) * share) / shards
     alone = Inference(prompt=1, generate=1, batch=1)
-    least = decode_step(config, hardware, alone, precision, stack, parallel, host_factor).total
+    least = decode_step(config, hardware, alone, precision, stack, parallel, host_factor)
     host = 0.0 if on_cpu or prompt == 1 else config.num_layers * stack.prefill_host * host_factor
-    return max(compute, least, host)
+    return max((least.total, least.bound), (compute, COMPUTE), (host, HOST))
 
 
 def inference_speed(
@@ -131,15 +134,22 @@ def inference_speed(
 ) -> Speed:
     """Decode speed of all requests together and of one, and the time to first token of one prompt."""
     step = decode_step(config, hardware, task, precision, stack, parallel, host_factor)
-    first = prefill_seconds(config, hardware, task.prompt, precision, stack, parallel, host_factor)
+    first, first_bound = prefill_seconds(config, hardware, task.prompt, precision, stack, parallel, host_factor)
     per_request = 1 / step.total
     total = per_request * task.batch
     return Speed(
         bound=step.bound,
         tokens_per_s=total,
-        interval=Interval(total * (1 - stack.speed_error), total * (1 + stack.speed_error)),
+        interval=_around(total, stack),
         tokens_per_s_per_request=per_request,
+        tokens_per_s_per_request_interval=_around(per_request, stack),
         time_to_first_token=first,
+        time_to_first_token_interval=_around(first, stack),
+        time_to_first_token_bound=first_bound,
         prompt_tokens_per_s=task.prompt / first,
         terms={"memory": step.memory, "compute": step.compute, "host": step.host, "link": step.link},
     )
+
+
+def _around(value: float, stack: Stack) -> Interval:
+    return Interval(value * (1 - stack.speed_error), value * (1 + stack.speed_error))

@@ -10,8 +10,8 @@ from qwenfit.catalog import find_model
 from qwenfit.config import ModelConfig
 from qwenfit.errors import UsageError
 from qwenfit.hardware import Device, Hardware, capability_notes, find_device
-from qwenfit.planning.checks import check_context, check_task
-from qwenfit.planning.command import command_for
+from qwenfit.planning.checks import check_context, check_precision, check_task
+from qwenfit.planning.command import command_for, runs_elsewhere
 from qwenfit.planning.finetune_memory import finetune_memory, zero_stage
 from qwenfit.planning.finetune_speed import finetune_speed
 from qwenfit.planning.inference_memory import inference_memory, uses_flash_attention
@@ -73,8 +73,6 @@ def plan(
     the_task = task if isinstance(task, Inference | Finetune) else make_task(task, context, sizes)
     hardware = make_hardware(gpu, gpus, nodes, network_gbps)
     chosen = choose_precision(config, the_task, hardware.device, precision)
-    if isinstance(the_task, Inference):
-        the_task = _usable_cache(the_task, chosen, hardware.device)
     check_context(config, the_task)
     check_host_factor(host_factor)
     made = build_plan(config, hardware, the_task, chosen, the_stack, parallel, host_factor, spec=_spec(model))
@@ -151,20 +149,32 @@ def make_hardware(
         raise UsageError(f"{gpus * nodes} devices are more than the {MAX_DEVICES} that a plan handles.")
     if network_gbps is not None and not 0 < network_gbps <= 1e5:
         raise UsageError(f"network_gbps must be between 0 and 100000 Gb/s, not {network_gbps}.")
-    device = this_device() if gpu is None else find_device(gpu) if isinstance(gpu, str) else gpu
+    device = this_device(gpus) if gpu is None else find_device(gpu) if isinstance(gpu, str) else gpu
     if device.kind in ("cpu", "unified") and gpus * nodes > 1:
         raise UsageError(f"A plan on {device.name} is for one machine.", "Leave --gpus and --nodes at 1.")
     network = None if network_gbps is None else network_gbps * 1e9 / 8
     return Hardware(device, gpus, nodes, network)
 
 
-def this_device() -> Device:
-    """The device a plan uses when none is named: the detected GPU with the most free memory, else this CPU."""
+def this_device(gpus: int = 1) -> Device:
+    """The device a plan uses when none is named: the detected GPU with the most free memory, else this CPU.
+
+    Of several equal GPUs the one with the least free memory: all must hold their part. UsageError when fewer are here.
+    """
     from qwenfit.detect import detect_hardware
 
     devices = detect_hardware()
-    gpus = [d for d in devices if d.kind != "cpu"]
-    return max(gpus or devices, key=lambda d: d.usable_bytes)
+    found = [d for d in devices if d.kind != "cpu"]
+    if not found:
+        return max(devices, key=lambda d: d.usable_bytes)
+    kinds: dict[str, list[Device]] = {}
+    for device in sorted(found, key=lambda d: -d.usable_bytes):
+        kinds.setdefault(device.name, []).append(device)
+    enough = [same[gpus - 1] for same in kinds.values() if len(same) >= gpus]
+    if not enough:
+        here = ", ".join(f"{len(same)} x {name}" for name, same in kinds.items())
+        raise UsageError(f"This machine has {here}, not {gpus} GPUs of a kind.", "Name the card: --gpu NAME")
+    return max(enough, key=lambda d: d.usable_bytes)
 
 
 def choose_precision(config: ModelConfig, task: Task, device: Device, asked: str | None) -> str:
@@ -239,7 +249,10 @@ def build_plan(
     spec: str = "",
 ) -> Plan:
     """The arithmetic, with everything decided: no detection, no files."""
+    if isinstance(task, Inference):
+        task = _usable_cache(task, precision, hardware.device)
     check_task(hardware.device, task, stack)
+    check_precision(config, precision)
     way = choose_parallel(config, hardware, task, precision, stack, parallel)
     if isinstance(task, Inference):
         devices = inference_memory(config, hardware, task, precision, stack, way)
@@ -268,7 +281,19 @@ def build_plan(
         host_factor=host_factor,
         notes=(*capability_notes(hardware.device), *_task_notes(task, stack, hardware.device)),
     )
-    return replace(made, command=command_for(made))
+    return replace(made, command=command_for(made), notes=(*made.notes, *_engine_notes(made)))
+
+
+def _engine_notes(plan: Plan) -> tuple[str, ...]:
+    """Where this project's own engine and trainer do not run what is planned for them."""
+    device = plan.hardware.device
+    if plan.stack != "qwenfit":
+        return ()
+    if device.kind != "cpu" and device.vendor != "nvidia":
+        return (f"qwenfit runs on NVIDIA GPUs and on CPUs; on {device.name} this is what the hardware would allow.",)
+    if runs_elsewhere(plan):
+        return ("qwenfit's own engine works on one device: this is run by vLLM, which --stack vllm plans.",)
+    return ()
 
 
 def verdict(memory: Memory, capacity: int, stack: Stack) -> str:

@@ -118,14 +118,16 @@ def _speed_rows(speed: Speed, plan: Plan) -> list[str]:
     low, high = _number(speed.interval.low), _number(speed.interval.high)
     rows = [f"speed   {_number(speed.tokens_per_s)} tokens/s generated ({low} to {high}), bound by {speed.bound}"]
     assert isinstance(plan.task, Inference)
-    if plan.task.batch > 1 and speed.tokens_per_s_per_request is not None:
-        rows.append(
-            f"        {_number(speed.tokens_per_s_per_request)} tokens/s for each of {plan.task.batch} requests"
-        )
-    if speed.time_to_first_token is not None:
-        rows.append(
-            f"        {_seconds(speed.time_to_first_token)} to the first token of a {plan.task.prompt:,}-token prompt"
-        )
+    each_span, first_span = speed.tokens_per_s_per_request_interval, speed.time_to_first_token_interval
+    if plan.task.batch > 1 and speed.tokens_per_s_per_request is not None and each_span is not None:
+        low, high = _number(each_span.low), _number(each_span.high)
+        each = f"{_number(speed.tokens_per_s_per_request)} tokens/s ({low} to {high})"
+        rows.append(f"        {each} for each of {plan.task.batch:,} requests")
+    if speed.time_to_first_token is not None and first_span is not None:
+        low, high = _seconds(first_span.low), _seconds(first_span.high)
+        first = f"{_seconds(speed.time_to_first_token)} ({low} to {high})"
+        of = f"to the first token of a {plan.task.prompt:,}-token prompt"
+        rows.append(f"        {first} {of}, bound by {speed.time_to_first_token_bound}")
     return rows
 
 
@@ -170,14 +172,22 @@ def table_row(plan: Plan) -> tuple[str, ...]:
     )
 
 
-def plans_table(plans: Sequence[Plan], form: str = "text") -> str:
-    """Plans side by side as aligned text, Markdown ("md") or CSV ("csv")."""
+def plans_table(plans: Sequence[Plan], form: str = "text", prices: bool = False) -> str:
+    """Plans side by side as aligned text, Markdown ("md") or CSV ("csv"); `prices` adds that of the cards."""
     rows = [TABLE_HEADER, *(table_row(p) for p in plans)]
+    if prices:
+        rows = [(*row, last) for row, last in zip(rows, ("list price $", *map(_price, plans)), strict=True)]
     if form == "csv":
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)
         return text.getvalue().removesuffix("\n")
     return _aligned(rows, form)
+
+
+def _price(plan: Plan) -> str:
+    """The cards' list price at launch, "-" where none was announced."""
+    price = plan.hardware.device.price_usd
+    return "-" if price is None else f"{price * plan.hardware.world_size:.0f}"
 
 
 def _aligned(rows: Sequence[Sequence[str]], form: str) -> str:

@@ -90,6 +90,7 @@ class Finetune:
         check_choice("task", self.method, FINETUNE_METHODS)
         check_count("seq_len", self.seq_len)
         check_count("micro_batch", self.micro_batch)
+        check_count("micro_batch x seq_len", self.tokens)
         check_count("grad_accum", self.grad_accum)
         check_count("lora_rank", self.lora_rank)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)

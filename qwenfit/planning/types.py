@@ -66,7 +66,10 @@ class Speed:
     tokens_per_s: float  # inference: generated tokens of all requests together; finetuning: trained tokens, all GPUs
     interval: Interval  # of tokens_per_s
     tokens_per_s_per_request: float | None = None
+    tokens_per_s_per_request_interval: Interval | None = None
     time_to_first_token: float | None = None  # s, one prompt alone
+    time_to_first_token_interval: Interval | None = None
+    time_to_first_token_bound: str | None = None
     prompt_tokens_per_s: float | None = None
     seconds_per_iter: float | None = None  # one optimizer step
     seconds_per_iter_interval: Interval | None = None

@@ -28,19 +28,23 @@ from qwenfit.planning.search import (
     most_context,
     what_fits,
 )
-from qwenfit.planning.task import Finetune
+from qwenfit.planning.task import Finetune, check_count
 from qwenfit.planning.types import Plan
 
 Echo = Callable[[str], None]
+INSTEAD = {"gpu": "a smaller model; qwenfit plan shows what fits", "precision": "--find gpu"}  # what else to ask
 FITS, DOES_NOT = 0, DoesNotFit.exit_code
 
 
-def chosen_device(gpu: str | None, measure: bool) -> Device:
+def chosen_device(gpu: str | None, measure: bool, gpus: int = 1) -> Device:
     """The device an option names ("cpu": this machine's), with its bandwidth measured where asked."""
     from qwenfit.detect import cpu_host, measure_bandwidth
     from qwenfit.hardware import with_bandwidth
 
-    device = this_device() if gpu is None else cpu_host() if gpu.lower() == "cpu" else find_device(gpu)
+    if gpu is None:
+        device = this_device(check_count("gpus", gpus))
+    else:
+        device = cpu_host() if gpu.lower() == "cpu" else find_device(gpu)
     if measure:
         if not (device.detected and device.kind == "cpu"):
             raise UsageError(
@@ -52,7 +56,7 @@ def chosen_device(gpu: str | None, measure: bool) -> Device:
 
 def _plan(model: str, options: dict[str, Any], advise: bool = True) -> Plan:
     options = dict(options)
-    device = chosen_device(options.pop("gpu"), options.pop("measure_bandwidth"))
+    device = chosen_device(options.pop("gpu"), options.pop("measure_bandwidth"), options["gpus"])
     return plan(model, options.pop("task"), gpu=device, advise=advise, **options)
 
 
@@ -71,7 +75,7 @@ def plan_one(model: str, options: dict[str, Any], form: str, colour: bool, echo:
 def plan_everything(options: dict[str, Any], form: str, colour: bool, echo: Echo) -> int:
     """Prints the table of every dense Qwen in every precision on this hardware, and the best that fits."""
     options = dict(options)
-    device = chosen_device(options.pop("gpu"), options.pop("measure_bandwidth"))
+    device = chosen_device(options.pop("gpu"), options.pop("measure_bandwidth"), options["gpus"])
     sizes = {key: options[key] for key in (*INFERENCE_FIELDS, *FINETUNE_FIELDS)}
     task = make_task(options["task"], options["context"], sizes)
     hardware = make_hardware(device, options["gpus"], options["nodes"], options["network_gbps"])
@@ -86,7 +90,7 @@ def plan_everything(options: dict[str, Any], form: str, colour: bool, echo: Echo
     if form == "text":
         echo(
             f"\n{len(fitting)} of {len(plans)} pairs of model and precision fit {hardware_name(plans[0])} "
-            f"({size(device.usable_bytes)} each), {what_task(task)}."
+            f"({size(device.usable_bytes)} each), {what_task(plans[0].task)}."
         )
         if (best := best_fit(plans)) is not None:
             echo("\nThe largest that fits:\n")
@@ -105,7 +109,7 @@ def answer(model: str, find: str, options: dict[str, Any], form: str, echo: Echo
             names = [hardware_name(p) for p in plans]
             _echo_json({"find": find, "answer": names, "plans": [p.to_dict() for p in plans]}, echo)
         else:
-            echo(plans_table(plans, form))
+            echo(plans_table(plans, form, prices=True))
         return FITS
     where = made.hardware.device.name
     if find == "precision":
@@ -151,6 +155,7 @@ def _no_answer(find: str, sentence: str, form: str, echo: Echo) -> int:
         _echo_json({"find": find, "answer": None, "why": sentence}, echo)
     else:
         echo(sentence)
+        echo(f"  try: {INSTEAD.get(find, '--find precision, or --find gpu')}")
     return DOES_NOT
 
 

@@ -21,6 +21,7 @@ from qwenfit.errors import UsageError
 DTYPE_OF = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int8": "float16", "int4": "float16"}
 BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "int8": 8, "int4": 4}
 GROUP_SIZE = 128
+IN_ORDER = "Place the layers one after the other (--parallel layers), or use fewer GPUs."  # where tensors do not divide
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ def weight_bytes(config: ModelConfig, precision: str, stack: str, on_cpu: bool =
 
     transformers keeps a checkpoint as it is stored; where the checkpoint's own headers are known and in this
     precision, the bytes are those, tensor by tensor. qwenfit and vLLM repack quantized layers: packed integers,
-    a 16-bit scale (qwenfit on a CPU: 32-bit) per group, and only the biases that the model has. Zeros are the middle
-    code, as in Qwen's own checkpoints and after rounding to nearest, and take nothing.
+    a 16-bit scale (qwenfit on a CPU: 32-bit) per group, and only the biases that the model has. Groups are the
+    checkpoint's, else 128. Zeros that are the middle code, as in Qwen's own GPTQ and after rounding to nearest, take
+    nothing; those of AWQ and of asymmetric GPTQ lie beside the scales, and act-order beside each layer.
     """
     exact = config.tensors is not None and precision == native_precision(config) and _is_stored_layout(config)
     if exact and config.tensors is not None and (config.quantization is None or stack.startswith("transformers")):
@@ -72,7 +74,7 @@ def weight_bytes(config: ModelConfig, precision: str, stack: str, on_cpu: bool =
 def _computed_bytes(config: ModelConfig, precision: str, stack: str, on_cpu: bool) -> WeightBytes:
     """As `weight_bytes`, from the architecture alone (tensors are no part of a config's identity)."""
     if precision in ("int8", "int4") and not stack.startswith("transformers"):
-        return _repacked(config, BITS[precision], scale_bytes=4 if on_cpu and stack == "qwenfit" else 2)
+        return _repacked(config, BITS[precision], stack, on_cpu)
     quantization = config.quantization
     if precision in ("int8", "int4"):
         if quantization is None or quantization.bits != BITS[precision]:
@@ -105,19 +107,28 @@ def _by_place(tensors: Sequence[TensorInfo], config: ModelConfig) -> WeightBytes
     return WeightBytes(embedding, per_layer, config.num_layers, norm + rest, head)
 
 
-def _repacked(config: ModelConfig, bits: int, scale_bytes: int) -> WeightBytes:
+def _repacked(config: ModelConfig, bits: int, stack: str, on_cpu: bool) -> WeightBytes:
+    stored = config.quantization if config.quantization is not None and config.quantization.bits == bits else None
     h = config.hidden_size
     layer = sum(
-        _packed_linear(s, bits, scale_bytes) + (2 * s.out_features if s.bias else 0) for s in config.layer_linears()
+        _packed_linear(s, bits, stack, on_cpu, stored) + (2 * s.out_features if s.bias else 0)
+        for s in config.layer_linears()
     )
     layer += 2 * (2 * h + (2 * config.head_dim if config.qk_norm else 0))
     table = 2 * config.embedding_parameters
     return WeightBytes(table, layer, config.num_layers, 2 * h, 0 if config.tie_word_embeddings else table)
 
 
-def _packed_linear(shape: LinearShape, bits: int, scale_bytes: int) -> int:
-    groups = math.ceil(shape.in_features / GROUP_SIZE)
-    return shape.in_features * shape.out_features * bits // 8 + groups * shape.out_features * scale_bytes
+def _packed_linear(shape: LinearShape, bits: int, stack: str, on_cpu: bool, stored: Quantization | None = None) -> int:
+    """Codes, scales, and what only some checkpoints have: zeros that differ, and the order of the columns."""
+    size = GROUP_SIZE if stored is None else stored.group_size
+    groups = 1 if size == -1 else math.ceil(shape.in_features / size)
+    total = shape.in_features * shape.out_features * bits // 8
+    scale, zero = (4.0, 4.0) if on_cpu and stack == "qwenfit" else (2.0, 1.0 if stack == "qwenfit" else bits / 8)
+    total += int(groups * shape.out_features * (scale + (0 if stored is None or stored.sym else zero)))
+    if stored is not None and stored.desc_act and groups > 1:
+        total += 8 * shape.in_features  # qwenfit: a permutation in int64; vLLM: g_idx and its order in int32
+    return total
 
 
 def with_head(
@@ -127,7 +138,7 @@ def with_head(
     if head_precision is None:
         return weights
     head = LinearShape("lm_head", config.hidden_size, config.vocab_size, False)
-    return replace(weights, head=_packed_linear(head, BITS[head_precision], 4 if on_cpu else 2))
+    return replace(weights, head=_packed_linear(head, BITS[head_precision], "qwenfit", on_cpu))
 
 
 def quantized_parameters(config: ModelConfig) -> int:
@@ -153,18 +164,24 @@ def check_tensor_parallel(config: ModelConfig, devices: int, precision: str) -> 
     groups of 128 for 1.8B, 7B, 14B and 72B, so Int4 splits 7B over 2 and 72B over 2, 4, 8 only.
     """
     if config.num_heads % devices:
-        raise UsageError(f"{config.num_heads} attention heads do not divide over {devices} GPUs (tensor parallel).")
+        raise UsageError(
+            f"{config.num_heads} attention heads do not divide over {devices} GPUs (tensor parallel).", IN_ORDER
+        )
     if config.num_kv_heads % devices and devices % config.num_kv_heads:
-        raise UsageError(f"{config.num_kv_heads} key/value heads do not divide over {devices} GPUs (tensor parallel).")
+        raise UsageError(
+            f"{config.num_kv_heads} key/value heads do not divide over {devices} GPUs (tensor parallel).", IN_ORDER
+        )
     if config.intermediate_size % devices:
-        raise UsageError(f"Inner width {config.intermediate_size} does not divide over {devices} GPUs.")
-    if BITS[precision] < 16:
+        raise UsageError(f"Inner width {config.intermediate_size} does not divide over {devices} GPUs.", IN_ORDER)
+    group = GROUP_SIZE if config.quantization is None else config.quantization.group_size
+    if BITS[precision] < 16 and group > 0:
         for what, width in (("MLP", config.intermediate_size), ("attention output", config.q_size)):
-            if width % (devices * GROUP_SIZE):
+            if width % (devices * group):
+                groups = math.ceil(width / group)
                 raise UsageError(
-                    f"The {width // GROUP_SIZE} quantization groups of {config.name}'s {what} layer do not divide over "
+                    f"The {groups} quantization groups of {config.name}'s {what} layer do not divide over "
                     f"{devices} GPUs, so {precision} tensor parallelism cuts through a group.",
-                    "Place the layers one after the other (--parallel layers), or use fewer GPUs.",
+                    IN_ORDER,
                 )
 
 

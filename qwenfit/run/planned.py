@@ -40,11 +40,15 @@ class RunOptions:
 
 
 def run_device(name: str | None) -> Device:
-    """The device to run on: as named, else the detected GPU with the most free memory, else the CPUs."""
+    """The device to run on: as named, else the detected NVIDIA GPU with the most free memory, else the CPUs.
+
+    UsageError for a GPU that the installed torch cannot use: it is never left aside in silence.
+    """
     from qwenfit.detect import cpu_host, detect_hardware
 
     if name is None:
-        return this_device()
+        device = this_device()
+        return cpu_host() if device.kind == "unified" else _usable(device)  # Apple's GPU is planned for, not run on
     if name == "cpu":
         return cpu_host()
     if name.split(":")[0] != "cuda":
@@ -52,7 +56,20 @@ def run_device(name: str | None) -> Device:
     gpus = [d for d in detect_hardware() if d.kind == "gpu"]
     if not gpus:
         raise UsageError("No CUDA device was found on this machine.", "qwenfit doctor")
-    return gpus[0]
+    return _usable(gpus[0])
+
+
+def _usable(device: Device) -> Device:
+    if device.kind != "gpu":
+        return device
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UsageError(
+            f"This machine has {device.name}, which the installed torch {torch.__version__} cannot use.",
+            "Install torch with CUDA (pytorch.org says how), or take the CPU: --device cpu",
+        )
+    return device
 
 
 def plan_run(options: RunOptions) -> Plan:

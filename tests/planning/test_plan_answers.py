@@ -171,8 +171,9 @@ def said(**case: object) -> str:
 
 def test_the_guides_recommendations_are_given_where_they_apply() -> None:
     tight = said(model="Qwen-14B", gpu="RTX 4090", prompt=4096, generate=2048)
-    for words in ("use int8 weights", "use int4 weights", "use 2 x RTX 4090", "the cheapest single card"):
+    for words in ("use int8 weights", "use int4 weights", "use 2 x RTX 4090", "use one V100-SXM2-32GB: the smallest"):
         assert words in tight
+    assert "use one Arc A770: the cheapest single card" in said(model="Qwen-7B", gpu="RTX 3080")
     assert "quantize the KV cache to int8" in said(model="Qwen-7B", gpu="A100-SXM4-80GB", batch=16)
     old = {"stack": "transformers-4.3x", "gpu": "A100-SXM4-80GB"}
     assert "install FlashAttention 2" in said(model="Qwen-7B", **old)
@@ -189,7 +190,36 @@ def test_the_guides_recommendations_are_given_where_they_apply() -> None:
         model="Qwen-7B", task="lora", gpu="RTX 3090", checkpointing=False, seq_len=4096
     )
     assert "train with Q-LoRA" in said(model="Qwen-7B", task="lora", gpu="RTX 3060 12GB")
+    assert "test the network between the nodes first" in said(model="Qwen-7B", task="lora", **between)
+    assert "install FlashAttention 2" in said(model="Qwen-7B", task="lora", **old)
     assert "share the prefix" in said(model="Qwen-7B", gpu="A100-SXM4-80GB", batch=8, prompt=1024)
+
+
+def test_a_precision_is_advised_by_what_is_short_memory_speed_or_quality() -> None:
+    """The guide: int4 where memory is short or speed counts, int8 as a balance, bf16 where there is room."""
+    assert "use int4 weights for speed" in said(model="Qwen-7B", gpu="H100-SXM5-80GB")
+    assert "use bf16 weights for quality" in said(model="Qwen-7B", gpu="H100-SXM5-80GB", precision="int4")
+    assert "use fp16 weights for quality" in said(model="Qwen-7B", gpu="V100-SXM2-32GB", precision="int8")
+    assert "use int8 weights for quality" in said(model="Qwen-14B", gpu="RTX 3090", precision="int4")
+    assert "use int8 weights: a balance" in said(model="Qwen-7B", gpu="Arc A770")  # tight in bf16
+    assert "for quality" not in said(model="Qwen-7B-Chat-Int4", gpu="H100-SXM5-80GB")  # its weights are what they are
+
+
+def test_an_int8_cache_is_advised_for_long_contexts_batches_and_short_memory() -> None:
+    words = "quantize the KV cache to int8"
+    assert words in said(model="Qwen-7B", gpu="RTX 3090", context=4096)
+    assert words in said(model="Qwen-7B", gpu="A100-SXM4-80GB", batch=16)
+    assert words in said(model="Qwen-7B", gpu="Arc A770")
+    assert words not in said(model="Qwen-7B", gpu="RTX 3090", context=2048)
+
+
+def test_the_guides_cards_are_named_only_where_they_hold_the_plan() -> None:
+    old = said(model="Qwen-7B", gpu="T4", precision="int8", stack="transformers-4.3x")
+    assert "take RTX 3090 24GB, RTX 4090 24GB or A100 40GB: the guide recommends it; RTX 3080, the least" in old
+    assert "take at least" not in old
+    many = said(model="Qwen-14B", gpu="A100-SXM4-80GB", batch=12)
+    assert "take A100 80GB: the guide recommends it; A100 40GB, the least" in many
+    assert "RTX 3090 24GB" not in said(model="Qwen-7B", gpu="A100-SXM4-80GB", batch=64)
 
 
 def test_the_guides_minimum_and_recommended_cards_are_named_for_its_four_models() -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qwenfit.catalog import dense_model_names, get_model, read_csv
-from qwenfit.config import ModelConfig
+from qwenfit.config import ModelConfig, Quantization
 from qwenfit.errors import UsageError
 from qwenfit.planning.finetune_memory import lora_parameters
 from qwenfit.planning.inference_memory import cached_tokens, kv_bytes_per_token
+from qwenfit.planning.planner import plan
 from qwenfit.planning.stack import get_stack
 from qwenfit.planning.task import Inference
 from qwenfit.planning.weights import (
@@ -173,3 +175,61 @@ def test_a_quantized_head_replaces_the_16_bit_one_and_a_tied_embedding_stays() -
         assert quantized.head == head and quantized.embedding == plain.embedding == 2 * rows * width
         assert quantized.total == plain.total + head - (0 if tied else 2 * rows * width)
         assert quantized.read_per_token < plain.read_per_token
+
+
+QUANTIZED = [
+    Quantization("gptq", 4, 128),
+    Quantization("gptq", 4, 32),
+    Quantization("gptq", 4, -1, desc_act=True),
+    Quantization("gptq", 8, 64, desc_act=True, sym=False),
+    Quantization("gptq", 8, 128, sym=False),
+    Quantization("awq", 4, 128, sym=False),
+    Quantization("awq", 4, 64, sym=False),
+]
+
+
+@pytest.mark.parametrize("quantization", QUANTIZED, ids=str)
+@pytest.mark.parametrize("on_cpu", [True, False], ids=["cpu", "gpu"])
+def test_a_quantized_checkpoint_takes_the_bytes_that_its_packed_layers_have(
+    quantization: Quantization, on_cpu: bool
+) -> None:
+    """Its own groups, the zeros of AWQ and of asymmetric GPTQ, the order of act-order: as the kernels lay them out."""
+    import torch
+
+    from qwenfit.kernels.packed import pack
+    from qwenfit.kernels.triton.int_matvec import pack_blocked
+    from qwenfit.quantize.types import QuantizedWeight
+
+    small = replace(get_model("Qwen2.5-0.5B"), hidden_size=256, num_heads=4, num_kv_heads=2, intermediate_size=512)
+    config = replace(small, quantization=quantization)
+    bits, held = quantization.bits, 0
+    for shape in config.layer_linears():
+        n_in, n_out = shape.in_features, shape.out_features
+        group = n_in if quantization.group_size == -1 else quantization.group_size
+        codes = torch.zeros(n_out, n_in, dtype=torch.uint8)
+        zeros = torch.full((n_out, n_in // group), float(2 ** (bits - 1) if quantization.sym else 3))
+        order = torch.randperm(n_in) if quantization.desc_act and group < n_in else None
+        weight = QuantizedWeight(bits, group, codes, torch.ones(n_out, n_in // group).half(), zeros.half(), order)
+        packed = pack(weight, torch.bfloat16) if on_cpu else pack_blocked(weight, torch.bfloat16, "cpu")
+        assert packed is not None
+        held += packed.nbytes + (2 * n_out if shape.bias else 0)
+    assert weight_bytes(config, f"int{bits}", "qwenfit", on_cpu).layer == held + 2 * 2 * config.hidden_size
+
+
+def test_vllm_keeps_a_checkpoints_groups_and_the_packed_zeros_of_awq() -> None:
+    model = get_model("Qwen2.5-7B")
+    plain = weight_bytes(replace(model, quantization=Quantization("gptq", 4, 128)), "int4", "vllm").total
+    linear = model.num_layers * model.linear_parameters_per_layer
+    awq = weight_bytes(replace(model, quantization=Quantization("awq", 4, 128, sym=False)), "int4", "vllm").total
+    assert awq - plain == linear // 128 // 2
+    fine = weight_bytes(replace(model, quantization=Quantization("gptq", 4, 32)), "int4", "vllm").total
+    assert fine - plain == 2 * (linear // 32 - linear // 128)
+
+
+def test_integers_are_not_rounded_to_other_integers() -> None:
+    for model, precision in (("Qwen-7B-Chat-Int4", "int8"), ("Qwen-72B-Chat-Int8", "int4")):
+        with pytest.raises(UsageError, match="round a second time"):
+            plan(model, gpu="H100", precision=precision)
+    assert plan("Qwen-7B-Chat-Int4", gpu="H100", precision="bf16", advise=False).precision == "bf16"
+    for advice in plan("Qwen-72B-Chat-Int8", gpu="RTX 3090").advice:
+        assert "int4" not in advice.what

@@ -7,10 +7,11 @@ from itertools import product
 import pytest
 
 from qwenfit.errors import UsageError
-from qwenfit.hardware import find_device
+from qwenfit.hardware import Hardware, find_device
 from qwenfit.planning.finetune_memory import lora_parameters, states_lower_bound
 from qwenfit.planning.planner import plan
-from qwenfit.planning.task import Finetune
+from qwenfit.planning.search import replan, what_fits
+from qwenfit.planning.task import Finetune, Inference
 from qwenfit.planning.types import Plan
 from qwenfit.planning.weights import weight_bytes
 
@@ -201,3 +202,11 @@ def test_several_nodes_are_bound_by_their_network_and_a_faster_one_is_faster() -
     assert slow.speed.bound == "link"
     assert fast.speed.tokens_per_s > 2 * slow.speed.tokens_per_s
     assert slow.memory == fast.memory
+
+
+def test_a_card_without_bf16_keeps_an_fp16_cache_in_every_answer() -> None:
+    turing = Hardware(find_device("T4"))
+    assert {p.task.kv_cache for p in what_fits(turing, Inference())} == {"fp16"}  # type: ignore[union-attr]
+    assert make("Qwen-7B", gpu="T4", precision="int4").task.kv_cache == "fp16"  # type: ignore[union-attr]
+    moved = replan(make("Qwen-7B", gpu="A100-SXM4-80GB"), hardware=turing)
+    assert (moved.precision, moved.task.kv_cache) == ("fp16", "fp16")  # type: ignore[union-attr]

@@ -108,6 +108,9 @@ def test_every_model_on_every_card_has_a_finite_plan(task: str, stack: str) -> N
             _check_finite(made)
 
 
+BOUNDS = ("memory bandwidth", "compute", "host", "link")
+
+
 def _check_finite(made: Plan) -> None:
     where = f"{made.model.name} {made.precision} {made.hardware.device.name}"
     speed = made.speed
@@ -115,6 +118,14 @@ def _check_finite(made: Plan) -> None:
     numbers += [x for x in (speed.seconds_per_iter, speed.time_to_first_token) if x is not None]
     assert all(math.isfinite(x) and x > 0 for x in numbers), where
     assert speed.interval.low < speed.tokens_per_s < speed.interval.high, where
+    for value, span in (
+        (speed.seconds_per_iter, speed.seconds_per_iter_interval),
+        (speed.tokens_per_s_per_request, speed.tokens_per_s_per_request_interval),
+        (speed.time_to_first_token, speed.time_to_first_token_interval),
+    ):
+        assert (value is None) is (span is None), where
+        assert value is None or (span is not None and span.low < value < span.high), where
+    assert speed.bound in BOUNDS and speed.time_to_first_token_bound in (None, *BOUNDS), where
     assert made.memory.process >= weight_bytes(made.model, made.precision, made.stack).total, where
     assert made.verdict in ("fits", "tight", "does not fit")
     assert (made.headroom >= 0) or made.verdict == "does not fit", where
