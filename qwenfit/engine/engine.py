@@ -110,7 +110,7 @@ class Engine:
         """Raise what `add` would raise."""
         if not prompt:
             raise UsageError("The prompt is empty: there is nothing to continue.")
-        if not all(type(token) is int and 0 <= token < self.vocab_size for token in prompt):
+        if set(map(type, prompt)) != {int} or min(prompt) < 0 or max(prompt) >= self.vocab_size:
             raise UsageError(f"A prompt consists of token ids from 0 to {self.vocab_size - 1}.")
         if len(prompt) >= self.max_model_len:
             raise DoesNotFit(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qwenfit.engine.sampler import to_device
+from qwenfit.engine.sampler import tensor_of, to_device
 from qwenfit.kernels.triton.ragged import RaggedPlan
 from qwenfit.model.kv_cache import KVCache
 from qwenfit.model.prefill import run_layers
@@ -34,7 +34,7 @@ class PromptStep:
         """A prompt's token ids, and where in the cache their keys and values go."""
         count, padding = len(ids), self.size - len(ids)
         numbers = [*ids, *[0] * padding, *slots, *[-1] * padding, count - 1, count << 32]
-        self._numbers.copy_(to_device(torch.tensor(numbers), self._numbers.device))
+        self._numbers.copy_(to_device(tensor_of(numbers), self._numbers.device))
 
     @torch.inference_mode()
     def run(self) -> torch.Tensor:

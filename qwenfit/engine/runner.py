@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qwenfit.engine.request import Request
-from qwenfit.engine.sampler import to_device
+from qwenfit.engine.sampler import tensor_of, to_device
 from qwenfit.model.batch import Batch
 from qwenfit.model.kv_cache import PARITY, KVCache
 
@@ -175,7 +175,7 @@ class Runner:
                 last.append(len(ids) - 1)
         # One copy to the device for the four of them; each starts at a multiple of 16 numbers, as kernels like it.
         count, gap = len(ids), [0] * (_up(len(ids)) - len(ids))
-        numbers = to_device(torch.tensor([*ids, *gap, *positions, *gap, *slots, *gap, *last]), self.device)
+        numbers = to_device(tensor_of([*ids, *gap, *positions, *gap, *slots, *gap, *last]), self.device)
         input_ids, position_ids, slot_ids = (part[:count] for part in numbers[: 3 * _up(count)].view(3, -1))
         indices = numbers[3 * _up(count) :]
         return Batch(
