@@ -74,6 +74,8 @@ def tune(
     world = world.configured(config)
     if world.rank:
         say = _silent
+    if config.zero and world.size == 1:
+        say(f"There is one process: ZeRO-{config.zero} has nothing to shard over, and this one holds everything.")
     found = world.found(lambda: prepare_folder(config, say), Path(config.output) / "checkpoints")
     say(_planned_text(made))
     with StopSignals() as stop:

@@ -76,6 +76,10 @@ def test_a_batch_of_nan_stops_after_m_steps_names_the_samples_and_keeps_the_last
     model = network(base)
     load_adapter(model, model.config, found)
     assert all(p.isfinite().all() for p in model.parameters())
+    # What is offered is possible: past them, to the end. Other settings are refused, as ever.
+    assert "--resume --max-bad-steps 20" in caught.value.hint
+    assert tune_tiny(run_of(base, max_bad_steps=20, resume=True), data=Poisoned(8, 24)) == 0
+    assert [("bad" in row) for row in read_metrics(base.parent / "run")] == [False, False, True, True, True, True]
 
 
 def test_fewer_bad_steps_are_left_out_and_the_run_goes_on(base, poison):
@@ -204,9 +208,10 @@ def test_running_out_of_memory_names_the_plans_term_and_the_next_smaller_setting
 
 def test_the_next_smaller_settings_come_in_the_order_of_what_they_cost(base):
     config = run_of(base, micro_batch=2, keep="all", seq_len=256, method="lora-emb")
-    flags = [flag for flag, _ in planned._smaller(config)]
-    assert flags[0].startswith("--micro-batch 1") and flags[1] == "--keep inputs"
+    flags = [flag for flag, _ in planned._smaller(config, "cpu")]
+    assert flags[0].startswith("--micro-batch 1") and flags[1] == "--keep inputs" and "--offload" not in flags
     assert "--method lora" in flags and flags[-1] == "--optimizer 8bit"
+    assert [flag for flag, _ in planned._smaller(config, "gpu")] == [*flags[:3], "--offload", *flags[3:]]
 
 
 def test_another_error_is_not_taken_for_one_of_memory(base, monkeypatch):
@@ -235,6 +240,12 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(base):
     with pytest.raises(UsageError, match="had lr = "):
         tune_tiny(run_of(base, max_steps=2, resume=True, lr=1e-3))
     assert tune_tiny(run_of(base, max_steps=2, resume=True, save_every=1)) == 0  # changes no numbers
+
+
+def test_one_process_that_is_to_shard_says_that_it_holds_everything(base):
+    said: list[str] = []
+    assert tune_tiny(run_of(base, max_steps=2, zero=3), said.append) == 0
+    assert any("ZeRO-3 has nothing to shard over" in text for text in said)
 
 
 def test_early_stopping_keeps_the_best_evaluation(base):
