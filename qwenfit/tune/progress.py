@@ -18,6 +18,7 @@ from qwenfit.tune.config import TuneConfig
 from qwenfit.tune.plot import line_chart
 
 METRICS_NAME, CHART_NAME = "metrics.jsonl", "loss.png"
+NARROW = 110  # characters of a terminal that a bar and the whole text need
 
 
 class Progress:
@@ -77,11 +78,15 @@ class Progress:
         if "eval_loss" in row:
             return f"step {row['step']}: evaluation loss {row['eval_loss']:.4f}"
         left = (row["of"] - row["step"]) * self.seconds / max(1, row["step"] - self.start)
-        planned = self.made.memory.process
-        text = (
-            f"step {row['step']}/{row['of']}  loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} trained tokens/s  "
-            f"{self.peak / 1e9:.2f} of {planned / 1e9:.2f} GB planned  {_clock(left)} left"
-        )
+        narrow = self.bar is not None and self.bar.console.width < NARROW
+        parts = [
+            f"{'' if narrow else 'step '}{row['step']}/{row['of']}",
+            f"loss {row['loss']:.4f}",
+            f"{row['tokens_per_s']:,.0f} trained tokens/s",
+            f"{self.peak / 1e9:.2f} of {self.made.memory.process / 1e9:.2f} GB{'' if narrow else ' planned'}",
+            f"{_clock(left)} left",
+        ]
+        text = (" " if narrow else "  ").join(parts)
         return text + (f"  NOT A NUMBER: {', '.join(row['bad'][:4])}" if "bad" in row else "")
 
     def close(self) -> None:
@@ -129,7 +134,8 @@ def _bar() -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
-    bar = Progress(BarColumn(bar_width=20), TextColumn("{task.description}"), console=Console(stderr=True))
+    columns = (BarColumn(bar_width=None), TextColumn("{task.description}"))  # the bar has what the text leaves
+    bar = Progress(*columns, console=Console(stderr=True), expand=True)
     bar.start()
     return bar
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
+import re
 import resource
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -268,3 +271,22 @@ def test_a_run_leaves_its_metrics_and_a_picture(base):
         assert all(row[name] >= 0 for row in rows), name
     image = (base.parent / "run" / "loss.png").read_bytes()
     assert image.startswith(b"\x89PNG") and len(image) > 1000
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_the_bar_of_a_terminal_shows_loss_speed_memory_and_time_left_whole(base, monkeypatch, width):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    for name, value in {"COLUMNS": str(width), "TERM": "xterm-256color"}.items():
+        monkeypatch.setenv(name, value)
+    assert tune_tiny(run_of(base)) == 0
+    shown = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line) for line in re.split(r"[\r\n]+", terminal.getvalue())]
+    last = [line for line in shown if "6/6" in line][-1]
+    assert re.search(
+        r"━{3,} .*6/6 +loss \d+\.\d{4} +[\d,]+ trained tokens/s +\d+\.\d\d of \d+\.\d\d GB.* 0:00:00 left", last
+    )
+    assert len(last.rstrip()) <= width
