@@ -167,5 +167,5 @@ def _wandb(config: TuneConfig) -> Any:
     try:
         return wandb.init(project=config.wandb, config=config.to_dict(), dir=config.output)
     except Exception as error:  # whatever it raises: no account, no network, a bad name
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200].rstrip(".")
         raise QwenfitError(f"W&B begins no run: {reason}.", "wandb login, or WANDB_MODE=offline") from error

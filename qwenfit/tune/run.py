@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -145,7 +146,8 @@ def finish(setup: Setup) -> str:
         write_result(aside, setup)
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
-    next_step = f"qwenfit chat {target}" if kind == "model" else f"qwenfit chat {config.model} --adapter {target}"
+    words = [target] if kind == "model" else [config.model, "--adapter", target]
+    next_step = shlex.join(["qwenfit", "chat", *map(str, words)])
     return f"The {kind} of step {best} is in {target}. Try it: {next_step}"
 
 

@@ -15,7 +15,7 @@ from qwenfit.tune.config import TuneConfig
 from qwenfit.tune.data.dataset import load_samples, split
 from qwenfit.tune.data.load import load_data, rows_of
 from qwenfit.tune.data.preview import preview_text, steps_text
-from qwenfit.tune.processes import processes
+from qwenfit.tune.processes import processes, rank
 from qwenfit.tune.run import Data, start
 
 Say = Callable[[str], None]
@@ -25,7 +25,7 @@ def run(config: TuneConfig, say: Say) -> int:
     """Finetune; returns the exit code."""
 
     def load(config: TuneConfig, base: ModelConfig) -> Data:
-        return load_data(config, base, say)
+        return load_data(config, base, say if rank() == 0 else lambda text: None)
 
     return start(config, load, say)
 

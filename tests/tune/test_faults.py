@@ -8,6 +8,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -243,6 +244,19 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(base):
     with pytest.raises(UsageError, match="had lr = "):
         tune_tiny(run_of(base, max_steps=2, resume=True, lr=1e-3))
     assert tune_tiny(run_of(base, max_steps=2, resume=True, save_every=1)) == 0  # changes no numbers
+
+
+def test_the_command_to_try_is_one_that_a_shell_takes(base):
+    said: list[str] = []
+    output = str(base.parent / "my first run")
+    assert tune_tiny(replace(run_of(base, max_steps=1), output=output), said.append) == 0
+    assert shlex.split(said[-1].partition("Try it: ")[2]) == [
+        "qwenfit",
+        "chat",
+        str(base),
+        "--adapter",
+        f"{output}/adapter",
+    ]
 
 
 def test_one_process_that_is_to_shard_says_that_it_holds_everything(base):
