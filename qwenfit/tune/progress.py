@@ -114,6 +114,25 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def summary(config: TuneConfig, code: int) -> dict[str, Any]:
+    """What became of a run, as `--json` prints it: from its metrics, a resumed run's earlier steps included."""
+    rows = read_metrics(Path(config.output))
+    steps = [row for row in rows if "loss" in row]
+    evaluations = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    last = {name: v for name, v in (steps[-1] if steps else {}).items() if v == v}  # JSON has no NaN
+    result = Path(config.output) / ("model" if config.method == "full" else "adapter")
+    return {
+        "exit_code": code,
+        "output": config.output,
+        "result": str(result) if code == 0 else None,
+        "bad_steps": sum("bad" in row for row in steps),
+        "tokens": sum(row["tokens"] for row in steps),
+        "seconds": sum(row["seconds"] for row in steps),
+        "eval_loss": evaluations[-1] if evaluations else None,
+        "best_eval_loss": min(evaluations, default=None),
+    } | {name: last.get(name) for name in ("step", "of", "loss", "memory", "planned_memory")}
+
+
 def _peak_bytes(device: str) -> int:
     if device.startswith("cuda"):
         import torch

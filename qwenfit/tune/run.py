@@ -42,14 +42,29 @@ class Data:
     digest: str = ""
 
 
-def start(config: TuneConfig, load_data: Callable[[TuneConfig, ModelConfig], Data], say: Say) -> int:
-    """`tune`, as the verb runs it: in this process or, under torchrun, in all of them together."""
+def start(
+    config: TuneConfig,
+    load_data: Callable[[TuneConfig, ModelConfig], Data],
+    say: Say,
+    ended: Callable[[int], None] = lambda code: None,
+) -> int:
+    """`tune`, as the verb runs it: in this process or, under torchrun, in all of them together.
+
+    ended: called with the exit code, by rank 0, when the run is over and everything is written.
+    """
+
+    def work(world: World | None) -> int:
+        code = tune(config, load_data, say, world)
+        if world is None or world.rank == 0:
+            ended(code)
+        return code
+
     if not launched():
-        return tune(config, load_data, say)
+        return work(None)
     from qwenfit.tune.distributed import together
 
     kind = "cpu" if run_device(config.device).kind == "cpu" else "cuda"
-    return together(kind, lambda world: tune(config, load_data, say, world))
+    return together(kind, work)
 
 
 def tune(
