@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from qwenfit.errors import UsageError
 from qwenfit.planning.task import FINETUNE_METHODS, OPTIMIZERS
 from qwenfit.tune.config import (
     FORMATS,
@@ -115,8 +117,9 @@ def _short(name: str) -> tuple[str, ...]:
 @click.argument("model", required=False)
 @click.option("--config", "file", type=click.Path(path_type=Path), help="settings in YAML; flags win over them")
 @click.option("--preview", type=click.IntRange(min=0), help="show so many samples, trained tokens marked, and leave")
+@click.option("--json", "as_json", is_flag=True, help="print what became of the run as JSON at its end")
 @setting_options
-def tune(model: str | None, file: Path | None, preview: int | None, **given: Any) -> int:
+def tune(model: str | None, file: Path | None, preview: int | None, as_json: bool, **given: Any) -> int:
     """Finetune MODEL on conversations or text, in the memory that the plan says.
 
     \b
@@ -128,8 +131,10 @@ def tune(model: str | None, file: Path | None, preview: int | None, **given: Any
     from qwenfit.tune.verb import preview_samples, run
 
     if preview is not None:
+        if as_json:
+            raise UsageError("A preview is for eyes.", "Leave --json out, or --preview.")
         return preview_samples(config, preview, click.echo)
-    return run(config, lambda text: click.echo(text, err=True))
+    return run(config, lambda text: click.echo(text, err=True), click.echo if as_json else None)
 
 
 @click.command()
@@ -137,9 +142,11 @@ def tune(model: str | None, file: Path | None, preview: int | None, **given: Any
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--base", help="the 16-bit base model  [the one the adapter names]")
 @click.option("--dtype", help="float32, float16 or bfloat16 of the result  [the base's]")
-def merge(adapter: Path, target: Path, base: str | None, dtype: str | None) -> None:
+@click.option("--json", "as_json", is_flag=True, help="print the report as JSON")
+def merge(adapter: Path, target: Path, base: str | None, dtype: str | None, as_json: bool) -> None:
     """Add ADAPTER to its base model's weights and write the result as a model folder TARGET."""
     from qwenfit.run.planned import stderr_progress
     from qwenfit.tune.merge import merge as run
 
-    click.echo(run(adapter, target, base=base, dtype=dtype, progress=stderr_progress("merging")).text)
+    report = run(adapter, target, base=base, dtype=dtype, progress=stderr_progress("merging"))
+    click.echo(json.dumps(asdict(report), indent=2, default=str, ensure_ascii=False) if as_json else report.text)

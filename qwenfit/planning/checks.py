@@ -43,8 +43,11 @@ def check_task(device: Device, task: Task, stack: Stack) -> None:
         return
     if stack.utilization is not None:
         raise UsageError(f"{stack.name} does not finetune.", "Use --stack qwenfit or --stack transformers-5.")
-    if task.method == "qlora" and task.zero == 3:
-        raise UsageError("ZeRO-3 cannot shard the quantized weights of Q-LoRA.", "Use --zero 2.")
+    own = stack.name == "qwenfit"  # copies on each GPU; the official script goes through DeepSpeed's ZeRO-2
+    if task.method == "qlora" and (task.zero == 3 or (task.zero and own)):
+        raise UsageError(
+            f"ZeRO-{task.zero} cannot shard the quantized weights of Q-LoRA.", "--zero 0" if own else "Use --zero 2."
+        )
     if stack.name != "transformers-4.3x":
         return
     if task.method == "lora-emb" and task.zero == 3:

@@ -23,7 +23,9 @@ ON_LONG = ("truncate", "drop", "error")
 MAX_YAML_BYTES = 1 << 20
 
 # Settings that may differ when a run is resumed: they change neither the numbers nor their order.
-FREE_ON_RESUME = {"output", "resume", "save_every", "keep_last", "log_every", "tensorboard", "wandb", "force"}
+FREE_ON_RESUME = {
+    *("output", "resume", "save_every", "keep_last", "log_every", "max_bad_steps", "tensorboard", "wandb", "force"),
+}
 
 
 @dataclass(frozen=True)

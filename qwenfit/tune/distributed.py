@@ -117,8 +117,9 @@ def _told(group: Group, work: Callable[[World], int]) -> int:
         code = work(group)
         dist.barrier()
     except QwenfitError as error:
-        group.watch.fail(error.message)
-        return _show(error)
+        code = _show(error)  # before the others are told: torchrun ends this process when the first of them ends
+        group.watch.fail(error.message, error.hint or "")
+        return code
     except Exception as error:
         if isinstance(error, dist.DistError) or type(error) is RuntimeError:
             group.watch.blame()  # another process's end looks like this from here
@@ -132,5 +133,5 @@ def _told(group: Group, work: Callable[[World], int]) -> int:
 def _show(error: QwenfitError) -> int:
     rank = os.environ.get("RANK", "0")
     hint = f"\n  try: {error.hint}" if error.hint else ""
-    print(f"error: rank {rank}: {error.message}{hint}", file=sys.stderr)
+    print(f"error: rank {rank}: {error.message}{hint}", file=sys.stderr, flush=True)
     return error.exit_code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -33,7 +33,9 @@ class StopSignals:
         if self.signal is not None:
             os._exit(128 + number)
         self.signal = signal.Signals(number)
-        print("\nstopping: this step is finished and saved first; once more stops at once", file=sys.stderr)
+        # Not by print: the signal may have come while the run itself was writing to stderr, which is not reentrant.
+        with suppress(OSError):
+            os.write(2, b"\nstopping: this step is finished and saved first; once more stops at once\n")
 
     @property
     def exit_code(self) -> int:

@@ -205,5 +205,6 @@ def _diverged(config: TuneConfig, state: State, good: State, sources: list[str])
     return Diverged(
         f"The loss was no finite number in {state.bad_steps} steps in a row, the last time in step {state.step} with "
         f"{shown}; the state after step {good.step} is saved.",
-        "Look at those samples, or lower --lr; then run again with --resume.",
+        f"Look at those samples. To pass over them: --resume --max-bad-steps {10 * config.max_bad_steps}. "
+        "To train with others or a lower --lr: another --output.",
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwenfit.checkpoint.bounded import read_json_object
+from qwenfit.checkpoint.bounded import read_json_object, shown
 from qwenfit.checkpoint.load import open_weights, with_files
 from qwenfit.checkpoint.resolve import resolve_model
 from qwenfit.checkpoint.save import new_folder, plain_entries, write_weights
@@ -50,7 +50,15 @@ def merge(
     Raises UsageError for a quantized base or a target that is not empty, NotFound, and BadFile.
     """
     named = base or _named_base(Path(adapter))
-    config = with_files(resolve_model(named), named)
+    try:
+        config = with_files(resolve_model(named), named)
+    except NotFound as error:
+        if base is not None:
+            raise
+        raise NotFound(
+            f"The base model that {adapter} names, {shown(named)}, is not found from here: {error.message}",
+            "Name it: --base MODEL",
+        ) from None
     if config.quantization is not None:
         raise UsageError(
             f"{config.name} holds int{config.quantization.bits} weights; an adapter merges onto 16-bit ones.",

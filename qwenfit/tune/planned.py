@@ -9,8 +9,9 @@ from types import TracebackType
 from qwenfit.config import ModelConfig
 from qwenfit.errors import DoesNotFit, QwenfitError, UsageError
 from qwenfit.planning.advice import advice_for
-from qwenfit.planning.finetune_memory import checkpoint_bytes, trainable
+from qwenfit.planning.finetune_memory import checkpoint_bytes, trainable, zero_stage
 from qwenfit.planning.finetune_qwenfit import largest_pass
+from qwenfit.planning.finetune_speed import finetune_speed
 from qwenfit.planning.planner import plan, resolve, verdict
 from qwenfit.planning.render import size
 from qwenfit.planning.stack import get_stack
@@ -31,6 +32,10 @@ def plan_tune(config: TuneConfig) -> Plan:
     _check_method(model, method, config)
     wide = config.precision == "fp32"
     device = run_device(config.device)
+    if config.offload and device.kind == "cpu":
+        raise UsageError(
+            "Offload moves activations from a GPU to host memory; this run is on the CPU.", "Leave --offload out."
+        )
     # Processes on CPUs are planned one by one, as if each had a copy: they share what the host has.
     local, total = (1, 1) if device.kind == "cpu" else processes()
     made = plan(
@@ -81,20 +86,21 @@ def _check_method(model: ModelConfig, method: str, config: TuneConfig) -> None:
             f"{model.name} is made for {model.context_length:,} tokens, and a sample has {config.seq_len:,}.",
             f"--seq-len {model.context_length}",
         )
-    if config.offload and config.device == "cpu":
-        raise UsageError("Offload moves activations from a GPU to host memory; this run is on the CPU.")
 
 
 def _as_configured(made: Plan, config: TuneConfig) -> Plan:
     """The plan with what this trainer's own settings change: float32 compute, moments, what is kept, offload."""
     assert isinstance(made.task, Finetune)
     task, memory = largest_pass(made.model, made.task, made.hardware.device), made.memory
+    stack = get_stack(made.stack)
     if config.precision == "fp32":
         wide = {part: 2 * getattr(memory, part) for part in ("weights", "activations")}
         if task.method == "full":  # the weights are their own master
             wide = {"weights": 0, "activations": 2 * memory.activations}
         memory = replace(memory, **wide)
-        made = replace(made, precision="fp32")
+        stage = zero_stage(made.task, stack, made.hardware.world_size)
+        speed = finetune_speed(made.model, made.hardware, made.task, "fp32", stack, stage)
+        made = replace(made, precision="fp32", speed=speed)
     if (config.moments == "fp32" or config.deepspeed) and config.optimizer == "fp32":
         memory = replace(memory, optimizer=memory.optimizer + 4 * trainable(made.model, task).total)
     if config.keep == "attention":
@@ -102,7 +108,6 @@ def _as_configured(made: Plan, config: TuneConfig) -> Plan:
         memory = replace(memory, activations=memory.activations + attention)
     if config.offload:
         memory = replace(memory, activations=memory.activations - checkpoint_bytes(made.model, task))
-    stack = get_stack(made.stack)
     return replace(
         made, memory=memory, memory_per_device=(memory,), verdict=verdict(memory, made.capacity, stack), advice=()
     )
@@ -155,14 +160,14 @@ def exceeded_term(traceback: TracebackType | None) -> str:
 
 def _next_smaller(made: Plan, config: TuneConfig) -> str:
     """The first setting that makes the plan smaller, in the order of what it costs."""
-    for flag, changed in _smaller(config):
+    for flag, changed in _smaller(config, made.hardware.device.kind):
         smaller = plan_tune(replace(changed, force=True))
         if smaller.memory.process < made.memory.process:
             return f"{flag} (planned: {size(smaller.memory.process)})"
     return ""
 
 
-def _smaller(config: TuneConfig) -> Iterator[tuple[str, TuneConfig]]:
+def _smaller(config: TuneConfig, device: str) -> Iterator[tuple[str, TuneConfig]]:
     if config.micro_batch > 1:
         half, more = config.micro_batch // 2, config.grad_accum * 2
         yield f"--micro-batch {half} --grad-accum {more}", replace(config, micro_batch=half, grad_accum=more)
@@ -170,6 +175,8 @@ def _smaller(config: TuneConfig) -> Iterator[tuple[str, TuneConfig]]:
         yield "--keep inputs", replace(config, keep="inputs")
     if config.moments == "fp32":
         yield "--moments bf16", replace(config, moments="bf16")
+    if not config.offload and device == "gpu":
+        yield "--offload", replace(config, offload=True)
     if config.method in ("full", "lora-emb"):
         yield "--method lora", replace(config, method="lora")
     if config.seq_len > 256:

@@ -14,3 +14,8 @@ def processes() -> tuple[int, int]:
 def launched() -> bool:
     """Whether torchrun, or what sets its variables, started this process; there may be one alone."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def rank() -> int:
+    """Of this process among all that torchrun started; 0 without it."""
+    return int(os.environ.get("RANK", "0")) if launched() else 0

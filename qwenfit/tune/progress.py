@@ -18,6 +18,7 @@ from qwenfit.tune.config import TuneConfig
 from qwenfit.tune.plot import line_chart
 
 METRICS_NAME, CHART_NAME = "metrics.jsonl", "loss.png"
+NARROW = 110  # characters of a terminal that a bar and the whole text need
 
 
 class Progress:
@@ -77,11 +78,15 @@ class Progress:
         if "eval_loss" in row:
             return f"step {row['step']}: evaluation loss {row['eval_loss']:.4f}"
         left = (row["of"] - row["step"]) * self.seconds / max(1, row["step"] - self.start)
-        planned = self.made.memory.process
-        text = (
-            f"step {row['step']}/{row['of']}  loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} trained tokens/s  "
-            f"{self.peak / 1e9:.2f} of {planned / 1e9:.2f} GB planned  {_clock(left)} left"
-        )
+        narrow = self.bar is not None and self.bar.console.width < NARROW
+        parts = [
+            f"{'' if narrow else 'step '}{row['step']}/{row['of']}",
+            f"loss {row['loss']:.4f}",
+            f"{row['tokens_per_s']:,.0f} trained tokens/s",
+            f"{self.peak / 1e9:.2f} of {self.made.memory.process / 1e9:.2f} GB{'' if narrow else ' planned'}",
+            f"{_clock(left)} left",
+        ]
+        text = (" " if narrow else "  ").join(parts)
         return text + (f"  NOT A NUMBER: {', '.join(row['bad'][:4])}" if "bad" in row else "")
 
     def close(self) -> None:
@@ -109,6 +114,25 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def summary(config: TuneConfig, code: int) -> dict[str, Any]:
+    """What became of a run, as `--json` prints it: from its metrics, a resumed run's earlier steps included."""
+    rows = read_metrics(Path(config.output))
+    steps = [row for row in rows if "loss" in row]
+    evaluations = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    last = {name: v for name, v in (steps[-1] if steps else {}).items() if v == v}  # JSON has no NaN
+    result = Path(config.output) / ("model" if config.method == "full" else "adapter")
+    return {
+        "exit_code": code,
+        "output": config.output,
+        "result": str(result) if code == 0 else None,
+        "bad_steps": sum("bad" in row for row in steps),
+        "tokens": sum(row["tokens"] for row in steps),
+        "seconds": sum(row["seconds"] for row in steps),
+        "eval_loss": evaluations[-1] if evaluations else None,
+        "best_eval_loss": min(evaluations, default=None),
+    } | {name: last.get(name) for name in ("step", "of", "loss", "memory", "planned_memory")}
+
+
 def _peak_bytes(device: str) -> int:
     if device.startswith("cuda"):
         import torch
@@ -129,7 +153,8 @@ def _bar() -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
-    bar = Progress(BarColumn(bar_width=20), TextColumn("{task.description}"), console=Console(stderr=True))
+    columns = (BarColumn(bar_width=None), TextColumn("{task.description}"))  # the bar has what the text leaves
+    bar = Progress(*columns, console=Console(stderr=True), expand=True)
     bar.start()
     return bar
 
@@ -161,5 +186,5 @@ def _wandb(config: TuneConfig) -> Any:
     try:
         return wandb.init(project=config.wandb, config=config.to_dict(), dir=config.output)
     except Exception as error:  # whatever it raises: no account, no network, a bad name
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200].rstrip(".")
         raise QwenfitError(f"W&B begins no run: {reason}.", "wandb login, or WANDB_MODE=offline") from error

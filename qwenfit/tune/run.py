@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,14 +42,29 @@ class Data:
     digest: str = ""
 
 
-def start(config: TuneConfig, load_data: Callable[[TuneConfig, ModelConfig], Data], say: Say) -> int:
-    """`tune`, as the verb runs it: in this process or, under torchrun, in all of them together."""
+def start(
+    config: TuneConfig,
+    load_data: Callable[[TuneConfig, ModelConfig], Data],
+    say: Say,
+    ended: Callable[[int], None] = lambda code: None,
+) -> int:
+    """`tune`, as the verb runs it: in this process or, under torchrun, in all of them together.
+
+    ended: called with the exit code, by rank 0, when the run is over and everything is written.
+    """
+
+    def work(world: World | None) -> int:
+        code = tune(config, load_data, say, world)
+        if world is None or world.rank == 0:
+            ended(code)
+        return code
+
     if not launched():
-        return tune(config, load_data, say)
+        return work(None)
     from qwenfit.tune.distributed import together
 
     kind = "cpu" if run_device(config.device).kind == "cpu" else "cuda"
-    return together(kind, lambda world: tune(config, load_data, say, world))
+    return together(kind, work)
 
 
 def tune(
@@ -74,6 +90,8 @@ def tune(
     world = world.configured(config)
     if world.rank:
         say = _silent
+    if config.zero and world.size == 1:
+        say(f"There is one process: ZeRO-{config.zero} has nothing to shard over, and this one holds everything.")
     found = world.found(lambda: prepare_folder(config, say), Path(config.output) / "checkpoints")
     say(_planned_text(made))
     with StopSignals() as stop:
@@ -143,7 +161,8 @@ def finish(setup: Setup) -> str:
         write_result(aside, setup)
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
-    next_step = f"qwenfit chat {target}" if kind == "model" else f"qwenfit chat {config.model} --adapter {target}"
+    words = [target] if kind == "model" else [config.model, "--adapter", target]
+    next_step = shlex.join(["qwenfit", "chat", *map(str, words)])
     return f"The {kind} of step {best} is in {target}. Try it: {next_step}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -15,19 +16,24 @@ from qwenfit.tune.config import TuneConfig
 from qwenfit.tune.data.dataset import load_samples, split
 from qwenfit.tune.data.load import load_data, rows_of
 from qwenfit.tune.data.preview import preview_text, steps_text
-from qwenfit.tune.processes import processes
+from qwenfit.tune.processes import processes, rank
+from qwenfit.tune.progress import summary
 from qwenfit.tune.run import Data, start
 
 Say = Callable[[str], None]
 
 
-def run(config: TuneConfig, say: Say) -> int:
-    """Finetune; returns the exit code."""
+def run(config: TuneConfig, say: Say, as_json: Say | None = None) -> int:
+    """Finetune; returns the exit code. as_json: gets the run's summary at its end."""
 
     def load(config: TuneConfig, base: ModelConfig) -> Data:
-        return load_data(config, base, say)
+        return load_data(config, base, say if rank() == 0 else lambda text: None)
 
-    return start(config, load, say)
+    def ended(code: int) -> None:
+        if as_json is not None:
+            as_json(json.dumps(summary(config, code), indent=2, ensure_ascii=False))
+
+    return start(config, load, say, ended)
 
 
 def preview_samples(config: TuneConfig, count: int, echo: Say) -> int:

@@ -21,6 +21,7 @@ SILENT_SECONDS = 20.0  # without a beat a process counts as dead
 SILENT_AFTER_ERROR = 3.0  # the same, when a collective has already failed
 PATIENCE = timedelta(minutes=30)  # for what another process is to say: rank 0 may be reading data meanwhile
 FAILED = "failed"
+RESUME = "the same command with --resume"
 
 
 class Watch:
@@ -42,11 +43,14 @@ class Watch:
         self.store.set(f"{key}/{self.rank}", json.dumps(value))
         return [json.loads(self.store.get(f"{key}/{rank}")) for rank in range(self.size)]
 
-    def fail(self, reason: str) -> None:
-        """Tell the others that this process ends, and let them hear it; the first to say so is the one they name."""
+    def fail(self, reason: str, hint: str = RESUME) -> None:
+        """Tell the others that this process ends, and let them hear it; the first to say so is the one they name.
+
+        hint: what to type, "" for nothing.
+        """
         self.done.set()
         with suppress(Exception):
-            self.store.compare_set(FAILED, "", json.dumps([self.rank, reason]))
+            self.store.compare_set(FAILED, "", json.dumps([self.rank, reason, hint]))
             time.sleep(3 * BEAT_SECONDS)
 
     def close(self) -> None:
@@ -68,20 +72,22 @@ class Watch:
             number += 1
             try:
                 store.set(f"beat/{self.rank}", str(number))
-                reason = self._failure(store, heard)
+                reason, hint = self._failure(store, heard)
             except Exception as error:  # torch has no one class for it
+                hint = RESUME
                 reason = f"The store of the run cannot be reached ({_line(error)}): rank 0's host or torchrun is gone"
             if reason and not self.done.is_set():
                 print(f"error: {reason}. Rank {self.rank} ends too.", file=sys.stderr, flush=True)
-                print("  try: the same command with --resume", file=sys.stderr, flush=True)
+                if hint:
+                    print(f"  try: {hint}", file=sys.stderr, flush=True)
                 os._exit(1)
 
-    def _failure(self, store: Store, heard: dict[int, tuple[str, float]]) -> str:
-        """A sentence about the first process found dead or failed; empty when all is well."""
+    def _failure(self, store: Store, heard: dict[int, tuple[str, float]]) -> tuple[str, str]:
+        """A sentence about the first process found dead or failed, empty when all is well; and what to type then."""
         if store.check([FAILED]):
-            rank, reason = json.loads(store.get(FAILED))
+            rank, reason, hint = json.loads(store.get(FAILED))
             if rank != self.rank:
-                return f"Rank {rank} failed: {reason.rstrip('.')}"
+                return f"Rank {rank} failed: {reason.rstrip('.')}", hint
         now = time.monotonic()
         for rank, (last, since) in heard.items():
             beat = store.get(f"beat/{rank}").decode() if store.check([f"beat/{rank}"]) else ""
@@ -89,8 +95,8 @@ class Watch:
                 heard[rank] = (beat, now)
             elif beat != "end" and now - since > self.silent and rank != self.rank:
                 silent = f"Rank {rank} has been silent for {now - since:.0f} s"
-                return f"{silent}: its process was killed or its host is gone"
-        return ""
+                return f"{silent}: its process was killed or its host is gone", RESUME
+        return "", ""
 
 
 def _connect() -> Store:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
+import re
 import resource
+import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,6 +80,10 @@ def test_a_batch_of_nan_stops_after_m_steps_names_the_samples_and_keeps_the_last
     model = network(base)
     load_adapter(model, model.config, found)
     assert all(p.isfinite().all() for p in model.parameters())
+    # What is offered is possible: past them, to the end. Other settings are refused, as ever.
+    assert "--resume --max-bad-steps 20" in caught.value.hint
+    assert tune_tiny(run_of(base, max_bad_steps=20, resume=True), data=Poisoned(8, 24)) == 0
+    assert [("bad" in row) for row in read_metrics(base.parent / "run")] == [False, False, True, True, True, True]
 
 
 def test_fewer_bad_steps_are_left_out_and_the_run_goes_on(base, poison):
@@ -204,9 +212,10 @@ def test_running_out_of_memory_names_the_plans_term_and_the_next_smaller_setting
 
 def test_the_next_smaller_settings_come_in_the_order_of_what_they_cost(base):
     config = run_of(base, micro_batch=2, keep="all", seq_len=256, method="lora-emb")
-    flags = [flag for flag, _ in planned._smaller(config)]
-    assert flags[0].startswith("--micro-batch 1") and flags[1] == "--keep inputs"
+    flags = [flag for flag, _ in planned._smaller(config, "cpu")]
+    assert flags[0].startswith("--micro-batch 1") and flags[1] == "--keep inputs" and "--offload" not in flags
     assert "--method lora" in flags and flags[-1] == "--optimizer 8bit"
+    assert [flag for flag, _ in planned._smaller(config, "gpu")] == [*flags[:3], "--offload", *flags[3:]]
 
 
 def test_another_error_is_not_taken_for_one_of_memory(base, monkeypatch):
@@ -237,6 +246,25 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(base):
     assert tune_tiny(run_of(base, max_steps=2, resume=True, save_every=1)) == 0  # changes no numbers
 
 
+def test_the_command_to_try_is_one_that_a_shell_takes(base):
+    said: list[str] = []
+    output = str(base.parent / "my first run")
+    assert tune_tiny(replace(run_of(base, max_steps=1), output=output), said.append) == 0
+    assert shlex.split(said[-1].partition("Try it: ")[2]) == [
+        "qwenfit",
+        "chat",
+        str(base),
+        "--adapter",
+        f"{output}/adapter",
+    ]
+
+
+def test_one_process_that_is_to_shard_says_that_it_holds_everything(base):
+    said: list[str] = []
+    assert tune_tiny(run_of(base, max_steps=2, zero=3), said.append) == 0
+    assert any("ZeRO-3 has nothing to shard over" in text for text in said)
+
+
 def test_early_stopping_keeps_the_best_evaluation(base):
     said: list[str] = []
     config = run_of(base, max_steps=40, eval_every=2, patience=3, eval_data=["held-out"], lr=0.1, keep_last=1)
@@ -257,3 +285,22 @@ def test_a_run_leaves_its_metrics_and_a_picture(base):
         assert all(row[name] >= 0 for row in rows), name
     image = (base.parent / "run" / "loss.png").read_bytes()
     assert image.startswith(b"\x89PNG") and len(image) > 1000
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_the_bar_of_a_terminal_shows_loss_speed_memory_and_time_left_whole(base, monkeypatch, width):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    for name, value in {"COLUMNS": str(width), "TERM": "xterm-256color"}.items():
+        monkeypatch.setenv(name, value)
+    assert tune_tiny(run_of(base)) == 0
+    shown = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line) for line in re.split(r"[\r\n]+", terminal.getvalue())]
+    last = [line for line in shown if "6/6" in line][-1]
+    assert re.search(
+        r"━{3,} .*6/6 +loss \d+\.\d{4} +[\d,]+ trained tokens/s +\d+\.\d\d of \d+\.\d\d GB.* 0:00:00 left", last
+    )
+    assert len(last.rstrip()) <= width

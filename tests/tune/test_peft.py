@@ -200,6 +200,10 @@ def test_merging_names_what_it_cannot_do(adapter, tmp_path):
         merge(adapter, tmp_path / "full")
     with pytest.raises(NotFound, match="holds no adapter"):
         merge(tmp_path / "full", tmp_path / "merged")
+    change_config(adapter, base_model_name_or_path="elsewhere/base")  # as typed where it was trained
+    with pytest.raises(NotFound, match="not found from here") as caught:
+        merge(adapter, tmp_path / "merged")
+    assert "--base" in (caught.value.hint or "")
     change_config(adapter, base_model_name_or_path=None)
     with pytest.raises(UsageError, match="does not name its base"):
         merge(adapter, tmp_path / "merged")

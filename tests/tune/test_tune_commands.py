@@ -99,6 +99,7 @@ RUNS = {
     "dropped": "-d long.jsonl --on-long drop --method qlora --precision int4",
     "text": "-d book.txt --mask all --method full --optimizer bf16 --precision bf16",
     "wandb": "-d alpaca.jsonl --wandb project",
+    "json": "-d alpaca.jsonl --eval-data guide.json --json",
     "bad": "-d bad.jsonl",
     "long": "-d long.jsonl --on-long error",
     "deepspeed": "-d alpaca.jsonl --deepspeed",
@@ -197,6 +198,14 @@ def test_what_cannot_be_is_one_sentence_before_weights_are_read(folder, ran, nam
     assert not (folder / name).exists()
 
 
+def test_what_became_of_a_run_is_json_where_it_is_asked_for(folder, ran):
+    code, out, _ = ran["json"]
+    told, rows = json.loads(out), read_metrics(folder / "json")
+    assert code == told["exit_code"] == 0 and (told["step"], told["of"], told["bad_steps"]) == (2, 2, 0)
+    assert told["result"] == str(folder / "json" / "adapter") and told["loss"] == rows[1]["loss"]
+    assert told["eval_loss"] == rows[-1]["eval_loss"] and told["tokens"] == rows[0]["tokens"] + rows[1]["tokens"]
+
+
 def test_flags_win_over_yaml(folder, ran):
     got = settings_of(folder, "yaml")
     assert got["lr"] == 5e-4
@@ -243,5 +252,5 @@ def test_torchrun_starts_it_in_two_processes(folder):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "2 processes with shards of the network (ZeRO-3)" in done.stderr
-    assert done.stderr.count("Plan: ") == 1  # rank 0 talks
+    assert done.stderr.count("Plan: ") == done.stderr.count("8 rows, 8 samples") == 1  # rank 0 talks
     assert len(read_metrics(folder / "torchrun")) == 2 and (folder / "torchrun" / "adapter").is_dir()

@@ -152,7 +152,7 @@ class _Reader:
 
     def read(self, path: Path, form: str | None) -> Iterator[Sample]:
         for record in read_records(path, form):
-            self.statistics.rows += 1
+            self.statistics.rows += isinstance(record, BadFile) or record.ends  # parts of a text are one
             try:
                 if isinstance(record, BadFile):
                     raise record

@@ -99,7 +99,7 @@ def test_every_token_of_a_text_is_predicted_once_whatever_the_length(block, seq_
     assert [got.samples[0].input_ids[0], *predicted] == whole
     assert got.statistics.trained_tokens == len(whole) - 1
     assert all(2 <= len(s.input_ids) <= seq_len and s.labels == s.input_ids for s in got.samples)
-    assert got.statistics.longest == len(whole) and got.statistics.conversations == 0
+    assert got.statistics.longest == len(whole) and got.statistics.conversations == 0 and got.statistics.rows == 1
 
 
 @pytest.mark.parametrize(

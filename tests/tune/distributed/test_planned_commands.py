@@ -59,6 +59,11 @@ def test_sharded_4_bit_weights_are_refused():
     with pytest.raises(UsageError, match="cannot be sharded") as caught:
         zero_stage(TuneConfig("m", method="qlora", zero=3), 2)
     assert caught.value.hint == "--zero 0"
+    for zero in (2, 3):  # and a plan for it gives no command that is refused later
+        with pytest.raises(UsageError, match="cannot shard") as planned:
+            qwenfit.plan("Qwen-7B", task="qlora", gpu="A100-SXM4-80GB", gpus=2, zero=zero)
+        assert planned.value.hint == "--zero 0"
+    assert qwenfit.plan("Qwen-7B", task="qlora", gpu="A100-SXM4-80GB", gpus=2, zero=2, stack="transformers-4.3x")
 
 
 def test_single_rows_of_a_sharded_table_are_refused():

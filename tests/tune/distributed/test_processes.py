@@ -194,3 +194,10 @@ def test_a_failed_process_ends_the_others_by_name(folder, launch):
     done = launch(folder, [case("failed", zero=2) | {"die": [0, 3, "raise"]}])
     assert 0 not in done.codes
     assert "error: Rank 0 failed: ValueError: a sample without a head. Rank 1 ends too." in done.err
+
+
+def test_what_no_process_can_do_is_refused_by_each_with_its_own_hint(folder, launch):
+    done = launch(folder, [case("refused", method="qlora", zero=3)])
+    assert 0 not in done.codes
+    assert "ZeRO-3 cannot shard the quantized weights of Q-LoRA.\n  try: --zero 0" in done.err
+    assert "--resume" not in done.err and "Traceback" not in done.err
