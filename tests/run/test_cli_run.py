@@ -471,6 +471,7 @@ def test_memory_that_runs_out_is_one_sentence_and_3(tiny: Path, tmp_path: Path) 
         (("chat", "TINY", "-p", "hi", "--set", "n=2"), 2, "one answer at a time"),
         (("chat", "TINY", "--json"), 2, "The prompt is empty"),
         (("bench", "decode"), 2, "Which model"),
+        (("bench", "demo", "Qwen-7B"), 2, "picks the model"),
         (("bench", "decode", "TINY", "--prompt", 0), 2, "prompt"),
         (("bench", "decode", "TINY", "--batch", -1), 2, "batch"),
         (("bench", "decode", "TINY", "--tolerance", -1), 2, "tolerance"),
