@@ -157,10 +157,13 @@ def command(text: str, llm: LLM, made: Plan, talk: Conversation, write: Write) -
 
 
 def _set(rest: str, llm: LLM, talk: Conversation) -> str:
-    if not rest:
-        params = replace(llm.default_params, **talk.sampling)
-        return "\n".join(f"{f.name} = {getattr(params, f.name)!r}" for f in fields(params))
     name, _, value = rest.partition(" ")
+    if not value:  # one of them, or all
+        params = replace(llm.default_params, **talk.sampling)
+        names = [f.name for f in fields(params)]
+        if name and name not in names:
+            check_sampling({name: None})
+        return "\n".join(f"{n} = {getattr(params, n)!r}" for n in ([name] if name else names))
     try:
         parsed = json.loads(value)
     except ValueError:

@@ -61,6 +61,8 @@ def test_set_changes_sampling_and_refuses_nonsense() -> None:
     assert talk.sampling == {"temperature": 0.25}
     assert llm.seen[0][1] == {"temperature": 0.25}
     assert "Did you mean temperature" in text and text.count("error:") == 3
+    text, _ = run(llm, "/set top_k", "/set", "/set topk", talk=talk)
+    assert text.count("top_k = 0") == 2 and "temperature = 0.25" in text and text.count("error:") == 1
 
 
 def test_several_lines() -> None:
