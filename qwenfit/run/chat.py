@@ -49,6 +49,7 @@ def answer(llm: LLM, talk: Conversation, write: Write) -> bool:
     """Stream one answer to the last message into the conversation; False when Ctrl-C cut it short."""
     stream = _ask(llm, talk, write)
     text, whole = "", True
+    talk.stats, talk.finish_reason = None, "abort"  # until it has ended: /stats never shows those of another answer
     try:
         for delta in stream:
             text += delta.text

@@ -76,6 +76,7 @@ def test_control_c_stops_the_answer_and_not_the_chat() -> None:
     text, talk = run(llm, "one two three")
     assert "(stopped)" in text
     assert talk.messages[-1] == {"role": "assistant", "content": "ONE "}
+    assert (talk.stats, talk.finish_reason) == (None, "abort")
     llm.interrupt_after = None
     text, talk = run(llm, KeyboardInterrupt, "go on", talk=talk)
     assert "GO ON" in text
