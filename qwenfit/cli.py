@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import sys
@@ -54,6 +55,8 @@ def app() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a verb; prints an expected failure as one sentence with a hint, and exits with its code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal or pipe that is not UTF-8 shows ? for what it cannot
     try:
         sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
     except QwenfitError as error:

@@ -69,7 +69,10 @@ def sampling_from(items: tuple[str, ...]) -> dict[str, Any]:
 @click.option("-s", "--system", help="the system message")
 @click.option("--set", "settings", multiple=True, help="a sampling parameter, NAME=VALUE; may be repeated")
 @click.option("--stats", is_flag=True, help="print speed and memory after a one-shot answer, on stderr")
-def chat(prompt: str | None, system: str | None, settings: tuple[str, ...], stats: bool, **given: Any) -> int:
+@click.option("--json", "as_json", is_flag=True, help="a one-shot answer with its figures, as JSON")
+def chat(
+    prompt: str | None, system: str | None, settings: tuple[str, ...], stats: bool, as_json: bool, **given: Any
+) -> int:
     """Talk to MODEL: a conversation, one prompt (-p), or what comes through a pipe.
 
     \b
@@ -84,13 +87,17 @@ def chat(prompt: str | None, system: str | None, settings: tuple[str, ...], stat
         prompt = sys.stdin.read()
     if prompt is not None and not prompt.strip():
         raise UsageError("The prompt is empty.", 'qwenfit chat MODEL -p "..."')
+    if prompt is None and as_json:
+        raise UsageError("--json is for one answer, not for a conversation.", 'qwenfit chat MODEL --json -p "..."')
     options = make_options(**given)
     verb.check_sampling(talk.sampling)
     llm, made = load_planned(options, stderr_progress("loading"))
     if prompt is None:
         verb.converse(llm, made, talk, verb.terminal_reader(), verb.write_now)
         return 0
-    whole = verb.one_shot(llm, talk, prompt, verb.write_now)
+    whole = verb.one_shot(llm, talk, prompt, (lambda _: None) if as_json else verb.write_now)
+    if as_json:
+        click.echo(json.dumps(verb.answer_figures(llm, made, talk), indent=2, ensure_ascii=False))
     if stats:
         click.echo(verb.stats_text(llm, made, talk), err=True)
     return 0 if whole else 130
@@ -102,7 +109,8 @@ def chat(prompt: str | None, system: str | None, settings: tuple[str, ...], stat
 @click.option("-o", "--output", "target", type=click.Path(path_type=Path), required=True, help="answers, jsonl")
 @click.option("--batch", type=int, default=8, help="requests at once  [8]")
 @click.option("--set", "settings", multiple=True, help="a sampling parameter, NAME=VALUE; may be repeated")
-def generate(source: Path, target: Path, batch: int, settings: tuple[str, ...], **given: Any) -> int:
+@click.option("--json", "as_json", is_flag=True, help="what was done, as JSON on stdout")
+def generate(source: Path, target: Path, batch: int, settings: tuple[str, ...], as_json: bool, **given: Any) -> int:
     """Answer a file of prompts; a run that was interrupted goes on where it stopped."""
     from dataclasses import replace
 
@@ -110,15 +118,19 @@ def generate(source: Path, target: Path, batch: int, settings: tuple[str, ...], 
     from qwenfit.run.chat import check_sampling
     from qwenfit.run.planned import load_planned, stderr_progress
 
-    verb.read_jobs(source)  # a bad line is named before the weights are read
+    jobs = verb.read_jobs(source)  # a bad line is named before the weights are read
+    verb.finished_ids(target)
     sampling = sampling_from(settings)
     options = make_options(batch, **given)
     check_sampling(sampling)
     llm, _ = load_planned(options, stderr_progress("loading"))
     base = replace(llm.default_params, **sampling)
     with verb.progress_bar() as progress:
-        now, before = verb.generate_file(llm, source, target, base, progress)
-    click.echo(f"{now} answered, {before} were there before: {target}", err=True)
+        now, before = verb.generate_file(llm, jobs, target, base, progress)
+    if as_json:
+        click.echo(json.dumps({"answered": now, "before": before, "output": str(target)}))
+    else:
+        click.echo(f"{now} answered, {before} were there before: {target}", err=True)
     return 0
 
 
@@ -143,11 +155,19 @@ def models(as_json: bool) -> None:
 @click.argument("model")
 @click.option("--from", "source", default="huggingface", help="huggingface or modelscope")
 @click.option("--revision")
-def pull(model: str, source: str, revision: str | None) -> None:
-    """Download a model into the ecosystem's cache; prints its folder."""
+@click.option("--file", "files", multiple=True, metavar="PATTERN", help="only such files; may be repeated")
+@click.option("--json", "as_json", is_flag=True)
+def pull(model: str, source: str, revision: str | None, files: tuple[str, ...], as_json: bool) -> None:
+    """Download a model into the ecosystem's cache; prints what to name to run it.
+
+    \b
+    qwenfit pull Qwen-7B-Chat-Int4
+    qwenfit pull Qwen/Qwen2.5-7B-Instruct-GGUF --file "*q4_k_m*.gguf"
+    """
     from qwenfit.run.models import pull as fetch
 
-    click.echo(fetch(model, source, revision))
+    path = fetch(model, source, revision, files or None)
+    click.echo(json.dumps({"model": model, "path": path}) if as_json else path)
 
 
 @click.command("ls")
@@ -171,7 +191,8 @@ def ls_(as_json: bool) -> None:
 @click.command()
 @click.argument("model")
 @click.option("-y", "--yes", is_flag=True, help="do not ask")
-def rm(model: str, yes: bool) -> None:
+@click.option("--json", "as_json", is_flag=True)
+def rm(model: str, yes: bool, as_json: bool) -> None:
     """Delete a model from the cache."""
     from qwenfit.run.models import find_cached, remove
 
@@ -179,8 +200,9 @@ def rm(model: str, yes: bool) -> None:
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError("rm asks before it deletes, and there is no terminal to ask on.", f"qwenfit rm {model} -y")
-        click.confirm(f"Delete {found.id}, {found.nbytes / 1e9:.2f} GB, from the cache?", abort=True)
-    click.echo(f"{remove(model) / 1e9:.2f} GB freed")
+        click.confirm(f"Delete {found.id}, {found.nbytes / 1e9:.2f} GB, from the cache?", abort=True, err=as_json)
+    freed = remove(model)
+    click.echo(json.dumps({"model": found.id, "freed_bytes": freed}) if as_json else f"{freed / 1e9:.2f} GB freed")
 
 
 @click.command()
@@ -188,7 +210,8 @@ def rm(model: str, yes: bool) -> None:
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="of plain weights  [as stored]")
 @click.option("--dequantize", is_flag=True, help="GPTQ or AWQ layers to plain weights; else they stay packed")
-def convert(source: str, target: Path, dtype: str | None, dequantize: bool) -> None:
+@click.option("--json", "as_json", is_flag=True)
+def convert(source: str, target: Path, dtype: str | None, dequantize: bool, as_json: bool) -> None:
     """Write SOURCE (a Qwen-1 checkpoint or a GGUF) as a folder in the Qwen2 layout at TARGET.
 
     transformers 5, vLLM, SGLang and llama.cpp can serve the result. llama.cpp's converter wants GPTQ dequantised.
@@ -198,11 +221,13 @@ def convert(source: str, target: Path, dtype: str | None, dequantize: bool) -> N
     qwenfit convert ./Qwen-7B-Chat-Int4 ./qwen-7b-chat-16bit --dequantize
     qwenfit convert ./model.gguf ./model-safetensors --dtype float16
     """
+    from dataclasses import asdict
+
     from qwenfit.checkpoint.convert import convert as run
     from qwenfit.run.planned import stderr_progress
 
     report = run(source, target, dtype=dtype, dequantize=dequantize, progress=stderr_progress("converting"))
-    click.echo(report.text)
+    click.echo(json.dumps(asdict(report), default=str, indent=2, ensure_ascii=False) if as_json else report.text)
 
 
 @click.command()

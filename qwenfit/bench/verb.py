@@ -66,6 +66,8 @@ def run_bench(
         check_folder(record)
     options = {"context": None, "force": False} | given
     if kind == "demo":
+        if model is not None or given.get("precision") is not None:
+            raise UsageError("demo picks the model and its precision itself.", "qwenfit bench decode MODEL")
         model, options["precision"] = demo_model(options["device"])
         kind, prompt, generate, repeat = "decode", 1, DEMO_TOKENS, 1
         if not as_json:

@@ -12,7 +12,7 @@ import torch
 
 from qwenfit.checkpoint import tokenizer_export
 from qwenfit.checkpoint.bounded import read_json_object
-from qwenfit.checkpoint.load import open_weights
+from qwenfit.checkpoint.load import open_weights, with_files
 from qwenfit.checkpoint.names import QWEN2, pieces_of
 from qwenfit.checkpoint.resolve import resolve_model
 from qwenfit.checkpoint.save import (
@@ -60,18 +60,20 @@ def convert(
     dequantize: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConvertReport:
-    """Write `source`, a Qwen-1 folder or a .gguf, as a new folder `target` in the Qwen2 (or Qwen3) layout.
+    """Write `source` as a new folder `target` in the Qwen2 (or Qwen3) layout.
 
+    source: a Qwen-1 folder, a .gguf, or the name of a model that was downloaded.
     dtype: float32, float16 or bfloat16 of the plain tensors; by default the checkpoint's. GPTQ and AWQ layers stay
     packed unless `dequantize`. One tensor is in memory at a time; a convert that fails leaves nothing behind.
     Raises UsageError for a non-empty target or a source that has the layout already, NotFound, and BadFile.
     """
     target = Path(target)
     config = resolve_model(source)
-    path = Path(config.source)
-    gguf = path.suffix.lower() == ".gguf"
+    gguf = Path(config.source).suffix.lower() == ".gguf"
     if config.architecture != "qwen1" and not gguf and not (dequantize and config.quantization):
         raise UsageError(f"{config.name} is in the {config.architecture} layout already; there is nothing to convert.")
+    config = with_files(config, str(source))
+    path = Path(config.source)
     dtype = dtype or config.dtype
     if dtype not in FLOAT_DTYPES:
         raise UsageError(f"Weights cannot be written as {dtype!r}.", f"One of {', '.join(FLOAT_DTYPES)}.")

@@ -86,7 +86,8 @@ def _as_qwenfit_errors(repo_id: str) -> Iterator[Any]:
     except errors.OfflineModeIsEnabled:
         raise _offline(repo_id, "HF_HUB_OFFLINE is set") from None
     except errors.EntryNotFoundError:
-        raise NotFound(f"{repo_id} has no config.json on the Hub.") from None
+        way = f"A GGUF repository? qwenfit pull {repo_id} --file '*q4_k_m*.gguf', then name the file that it prints."
+        raise NotFound(f"{repo_id} has no config.json on the Hub.", way) from None
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "an error")
         raise NotFound(f"The Hub answered {status} for {repo_id}.", "Try again later.") from None

@@ -16,7 +16,7 @@ from qwenfit.checkpoint.expected import Parameter
 from qwenfit.checkpoint.names import is_layer_linear
 from qwenfit.checkpoint.random_weights import RandomWeights
 from qwenfit.checkpoint.reading import Job, run, scratch
-from qwenfit.checkpoint.resolve import resolve_model
+from qwenfit.checkpoint.resolve import hub_id, resolve_model
 from qwenfit.checkpoint.weights import FLOAT_DTYPES, CanonicalWeights, WeightSource
 from qwenfit.checkpoint.weights_gguf import GGUFSource
 from qwenfit.checkpoint.weights_safetensors import SafetensorsSource
@@ -98,13 +98,13 @@ def state_dict(config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tenso
 
 
 def with_files(config: ModelConfig, spec: str) -> ModelConfig:
-    """A config whose source is on disk: a catalog name that is also a Hub id may have been downloaded."""
+    """A config whose source is on disk: a catalog name is that of a Hub model, which may have been downloaded."""
     if os.path.exists(config.source):
         return config
-    if re.fullmatch(r"[^/]+/[^/]+", spec):
+    if (repo_id := hub_id(spec)) is not None and re.fullmatch(r"[^/]+/[^/]+", repo_id):
         from qwenfit.checkpoint.hub import cached_snapshot
 
-        if (snapshot := cached_snapshot(spec)) is not None:
+        if (snapshot := cached_snapshot(repo_id)) is not None:
             return resolve_model(snapshot)
     raise NotFound(
         f"The weights of {spec} are not on this machine.",

@@ -24,6 +24,7 @@ from qwenfit.config import ModelConfig, Quantization, TensorInfo, checkpoint_ten
 from qwenfit.errors import BadFile, NotFound, UsageError
 
 _HUB_ID = re.compile(r"[\w][\w.-]{0,95}/[\w][\w.-]{0,95}", re.ASCII)
+_PUBLISHED_NAME = re.compile(r"(.+?)(-Chat|-Instruct|-Base)?(-(?:GPTQ-)?Int[48]|-AWQ)?", re.IGNORECASE)
 _QUANTIZED_NAME = re.compile(r"(?P<model>.+?)-(?:(?:GPTQ-)?Int(?P<bits>[48])|(?P<awq>AWQ))", re.IGNORECASE)
 _FILE_SUFFIXES = (".gguf", ".json", ".safetensors", *PICKLE_SUFFIXES)
 
@@ -61,6 +62,21 @@ def _resolve(spec: str | os.PathLike[str]) -> ModelConfig:
     if os.sep in text:
         raise NotFound(f"There is no file or folder {shown(text)}.")
     return catalog.get_model(text)  # raises, with the nearest names
+
+
+def hub_id(name: str) -> str | None:
+    """The Hub id of a published name (`qwen-1.8b-chat` -> `Qwen/Qwen-1_8B-Chat`); OWNER/NAME as it is; None for others.
+
+    Names of published quantized models are known too: `Qwen-7B-Chat-Int4`, `Qwen2.5-7B-Instruct-GPTQ-Int4`.
+    """
+    if "/" in name:
+        return name
+    match = _PUBLISHED_NAME.fullmatch(name.strip().replace("_", "."))
+    config = catalog.find_model(match[1]) if match else None
+    if match is None or config is None:
+        return None
+    kind, bits = (match[2] or "").title(), (match[3] or "").upper().replace("INT", "Int")
+    return "Qwen/" + config.name.replace("Qwen-1.8B", "Qwen-1_8B") + kind + bits
 
 
 def weight_bytes(config: ModelConfig) -> int:

@@ -46,7 +46,7 @@ class LLM:
     """`LLM("path or name").generate(["text" or [token ids]], SamplingParams(max_tokens=64))`.
 
     One thread at a time; several streams may be read in turn. `default_params` is what `generate` and `chat` start
-    from where they are given nothing.
+    from where they are given nothing: what the model's authors recommend (generation_config.json, or a GGUF's own).
     """
 
     def __init__(
@@ -69,14 +69,15 @@ class LLM:
         and int4 ones; `random_weights` (from `seed`): measure a model without downloading it, token ids only.
         The KV cache has the type of the activations unless `kv_cache` names another.
         """
+        from qwenfit.checkpoint.generation import published_sampling
         from qwenfit.checkpoint.load import load_model, with_files
         from qwenfit.checkpoint.resolve import resolve_model
         from qwenfit.checkpoint.tokenizer import load_tokenizer
 
-        tokenizer = None
+        tokenizer, sampling = None, SamplingParams()
         if not random_weights:  # what is wrong with the vocabulary is told before gigabytes are read
             model = with_files(resolve_model(model), str(model))
-            tokenizer = load_tokenizer(model.source, model)
+            tokenizer, sampling = load_tokenizer(model.source, model), published_sampling(model.source)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         # Pieces of any size out of one range of addresses: what loading leaves behind is of use again, or given back.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -95,6 +96,7 @@ class LLM:
             load_adapter(network, config, adapter)
         sizes.setdefault("kv_cache", KV_NAMES[network.dtype])
         self._set_up(network, config, tokenizer, device, **sizes)
+        self.default_params = sampling
 
     @classmethod
     def from_parts(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenfit.errors import BadFile, NotFound, QwenfitError, UsageError, nearest
+from qwenfit.errors import BadFile, DoesNotFit, NotFound, QwenfitError, UsageError, nearest
 from qwenfit.planning.types import Plan
 
 if TYPE_CHECKING:
@@ -31,28 +31,31 @@ Write = Callable[[str], None]
 
 @dataclass
 class Conversation:
-    """What is said so far, and how answers are made. `stats` is the last answer's."""
+    """What is said so far, and how answers are made. `stats` and `finish_reason` are the last answer's."""
 
     system: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
     sampling: dict[str, Any] = field(default_factory=dict)
     stats: Stats | None = None
+    finish_reason: str | None = None
 
-    def prompt(self) -> list[dict[str, str]]:
+    def prompt(self, start: int = 0) -> list[dict[str, str]]:
+        """The messages from `start` on, after the system message."""
         head = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return head + self.messages
+        return head + self.messages[start:]
 
 
 def answer(llm: LLM, talk: Conversation, write: Write) -> bool:
     """Stream one answer to the last message into the conversation; False when Ctrl-C cut it short."""
-    stream: Iterator[Delta] = llm.chat(talk.prompt(), stream=True, **talk.sampling)
+    stream = _ask(llm, talk, write)
     text, whole = "", True
+    talk.stats, talk.finish_reason = None, "abort"  # until it has ended: /stats never shows those of another answer
     try:
         for delta in stream:
             text += delta.text
             write(delta.text)
             if delta.finish_reason is not None:
-                talk.stats = delta.stats
+                talk.stats, talk.finish_reason = delta.stats, delta.finish_reason
                 if delta.error:
                     raise QwenfitError(delta.error)
     except KeyboardInterrupt:
@@ -60,6 +63,22 @@ def answer(llm: LLM, talk: Conversation, write: Write) -> bool:
         stream.close()  # type: ignore[attr-defined]
     talk.messages.append({"role": "assistant", "content": text})
     return whole
+
+
+def _ask(llm: LLM, talk: Conversation, write: Write) -> Iterator[Delta]:
+    """The answer's deltas. What no longer fits into the context is left out, oldest turns first, and that is said."""
+    questions = [i for i, message in enumerate(talk.messages) if message["role"] == "user"]
+    for start in (0, *questions):
+        try:
+            stream: Iterator[Delta] = llm.chat(talk.prompt(start), stream=True, **talk.sampling)
+        except DoesNotFit:
+            if not questions or start == questions[-1]:
+                raise
+        else:
+            if start:
+                write(f"(the context is full: without the first {start} of {len(talk.messages)} messages)\n")
+            return stream
+    raise AssertionError("the last question was tried")
 
 
 def converse(llm: LLM, made: Plan, talk: Conversation, read: Callable[[str], str], write: Write) -> None:
@@ -139,10 +158,13 @@ def command(text: str, llm: LLM, made: Plan, talk: Conversation, write: Write) -
 
 
 def _set(rest: str, llm: LLM, talk: Conversation) -> str:
-    if not rest:
-        params = replace(llm.default_params, **talk.sampling)
-        return "\n".join(f"{f.name} = {getattr(params, f.name)!r}" for f in fields(params))
     name, _, value = rest.partition(" ")
+    if not value:  # one of them, or all
+        params = replace(llm.default_params, **talk.sampling)
+        names = [f.name for f in fields(params)]
+        if name and name not in names:
+            check_sampling({name: None})
+        return "\n".join(f"{n} = {getattr(params, n)!r}" for n in ([name] if name else names))
     try:
         parsed = json.loads(value)
     except ValueError:
@@ -179,6 +201,21 @@ def stats_text(llm: LLM, made: Plan, talk: Conversation) -> str:
             *rows,
         ]
     return "\n".join(rows)
+
+
+def answer_figures(llm: LLM, made: Plan, talk: Conversation) -> dict[str, Any]:
+    """The last answer and its figures, for --json: seconds, tokens/s, bytes."""
+    from qwenfit.bench.memory import process_bytes
+
+    figures: dict[str, Any] = {"text": talk.messages[-1]["content"], "finish_reason": talk.finish_reason}
+    if (stats := talk.stats) is not None:
+        figures |= {
+            "prompt_tokens": stats.prompt_tokens,
+            "completion_tokens": stats.completion_tokens,
+            "time_to_first_token_s": stats.time_to_first_token,
+            "decode_tokens_per_s": stats.decode_tokens_per_s,
+        }
+    return figures | {"memory_bytes": process_bytes(llm.device), "planned_memory_bytes": made.memory.process}
 
 
 def save(talk: Conversation, name: str) -> str:
@@ -222,11 +259,12 @@ def _is_message(value: Any) -> bool:
         isinstance(value, dict)
         and value.keys() == {"role", "content"}
         and all(isinstance(v, str) for v in value.values())
+        and value["role"] in ("system", "user", "assistant")
     )
 
 
 def check_sampling(sampling: dict[str, Any]) -> None:
-    """Raise UsageError for a sampling parameter that does not exist or a value out of its range."""
+    """Raise UsageError for a sampling parameter that does not exist, a value out of its range, or several answers."""
     from qwenfit.engine.params import SamplingParams
 
     names = [f.name for f in fields(SamplingParams)]
@@ -234,7 +272,8 @@ def check_sampling(sampling: dict[str, Any]) -> None:
         if name not in names:
             near = nearest(name, names) or names
             raise UsageError(f"There is no sampling parameter {name!r}.", f"Did you mean {', '.join(near)}?")
-    SamplingParams(**sampling)
+    if SamplingParams(**sampling).n > 1:
+        raise UsageError("A chat has one answer at a time: n is 1 there.", "qwenfit generate gives several")
 
 
 def one_shot(llm: LLM, talk: Conversation, prompt: str, write: Write) -> bool:

@@ -14,14 +14,16 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from qwenfit.chat.messages import plain_messages
+from qwenfit.engine.params import SamplingParams
 from qwenfit.errors import BadFile, DoesNotFit, NotFound, QwenfitError, UsageError
 
 if TYPE_CHECKING:
     from qwenfit.engine.llm import LLM
-    from qwenfit.engine.output import Completion
-    from qwenfit.engine.params import SamplingParams
+    from qwenfit.engine.output import Completion, TokenLogprob
 
 MAX_LINE = 8 * 2**20  # characters of one input line
+MAX_ANSWER = 2**30  # bytes of one output line: 128 long answers with 20 log-probabilities a token are far below
 Progress = Callable[[int, int], None]
 
 
@@ -70,17 +72,40 @@ def _job(path: Path, number: int, line: str) -> Job:
     identity = request.get("id", number)
     if isinstance(identity, bool) or not isinstance(identity, str | int):
         raise BadFile(f'{path}, line {number}: "id" is neither a text nor a whole number.')
+    params_for(request, SamplingParams(), number)
+    if "messages" in request:
+        with _of_line(number):
+            plain_messages(request["messages"])
     return Job(identity, number, request)
 
 
+@contextmanager
+def _of_line(number: int) -> Iterator[None]:
+    """What is wrong with a request is wrong with its line of the file."""
+    try:
+        yield
+    except (UsageError, TypeError) as error:
+        raise BadFile(f"line {number}: {getattr(error, 'message', error)}", getattr(error, "hint", None)) from error
+
+
 def finished_ids(path: Path) -> set[str | int]:
-    """Ids that an earlier run wrote; a last line cut short by a crash is removed. Raises BadFile for a foreign file."""
-    if not path.exists():
-        return set()
+    """Ids that an earlier run wrote; a last line cut short by a crash is removed.
+
+    Raises BadFile for a file of something else, UsageError for what is no file (a device may have no end), NotFound.
+    """
+    try:
+        return _finished_ids(path) if path.exists() else set()
+    except OSError as error:
+        raise NotFound(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _finished_ids(path: Path) -> set[str | int]:
+    if not path.is_file():
+        raise UsageError(f"{path} is not a file, so a run could not go on there.", "--output answers.jsonl")
     done: set[str | int] = set()
     good = 0
     with path.open("rb+") as file:
-        for raw in file:
+        for raw in iter(lambda: file.readline(MAX_ANSWER), b""):
             try:
                 row = json.loads(raw)
                 identity = row["id"]
@@ -104,24 +129,18 @@ def params_for(request: dict[str, Any], base: SamplingParams, line: int) -> Samp
     unknown = request.keys() - names - {"id", "prompt", "messages"}
     if unknown:
         raise BadFile(f"line {line}: {', '.join(sorted(unknown))} is no sampling parameter.")
-    try:
+    with _of_line(line):
         return replace(base, **own)
-    except (UsageError, TypeError) as error:
-        raise BadFile(f"line {line}: {getattr(error, 'message', error)}") from error
 
 
 def generate_file(
-    llm: LLM, source: Path, target: Path, base: SamplingParams, progress: Progress | None = None
+    llm: LLM, jobs: list[Job], target: Path, base: SamplingParams, progress: Progress | None = None
 ) -> tuple[int, int]:
-    """Answer every line of `source` that `target` does not have yet; returns (answered now, there before).
+    """Answer every job that `target` does not have yet; returns (answered now, there before).
 
     All requests go through the engine together. Each answer is written and synced as it finishes.
     """
-    jobs = read_jobs(source)
-    try:
-        done = finished_ids(target)
-    except OSError as error:
-        raise NotFound(f"{target} cannot be read: {error.strerror}.") from error
+    done = finished_ids(target)
     left = [job for job in jobs if job.id not in done]
     prompts, params = [], []
     for job in left:
@@ -149,7 +168,8 @@ def _encode(llm: LLM, job: Job) -> list[int]:
     if "prompt" in job.request:
         ids: list[int] = llm.tokenizer.encode(job.request["prompt"])
     else:
-        ids = llm.tokenizer.apply_chat_template(job.request["messages"])
+        with _of_line(job.line):  # some templates refuse an order of roles
+            ids = llm.tokenizer.apply_chat_template(job.request["messages"])
     if not ids:
         raise BadFile(f"line {job.line}: the prompt is empty.")
     if len(ids) >= llm.max_model_len:
@@ -189,11 +209,16 @@ def _row(completions: list[Completion]) -> dict[str, Any]:
             "finish_reason": c.finish_reason,
             "prompt_tokens": c.stats.prompt_tokens,
             "completion_tokens": c.stats.completion_tokens,
+            **({"logprobs": [_logprob(p) for p in c.logprobs]} if c.logprobs is not None else {}),
             **({"error": c.error} if c.error else {}),
         }
         for c in completions
     ]
     return rows[0] if len(rows) == 1 else {"answers": rows}
+
+
+def _logprob(of: TokenLogprob) -> dict[str, Any]:
+    return {"token_id": of.token_id, "logprob": of.logprob, "top": [list(pair) for pair in of.top]}
 
 
 def _write(file: TextIO, row: dict[str, Any]) -> None:

@@ -6,14 +6,19 @@ are read and changed through their own libraries only.
 
 from __future__ import annotations
 
+import errno
+import importlib
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from qwenfit.catalog import dense_model_names, find_model, get_model
-from qwenfit.errors import NotFound, UsageError, missing_extra, nearest
+from qwenfit.catalog import dense_model_names, get_model
+from qwenfit.checkpoint.resolve import hub_id
+from qwenfit.errors import NotFound, QwenfitError, UsageError, missing_extra, nearest
 
 # What a model needs; weights as .bin, and code, are never fetched.
 PATTERNS = ("*.json", "*.safetensors", "*.tiktoken", "*.txt", "*.jinja", "*.gguf")
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 @dataclass(frozen=True)
@@ -46,43 +51,64 @@ def known_models() -> list[dict[str, Any]]:
 
 
 def repository(name: str) -> str:
-    """The Hub id of a catalog name (`Qwen-7B` -> `Qwen/Qwen-7B`); an id with an owner is kept."""
-    if "/" in name:
-        return name
-    if find_model(name) is None:
+    """The Hub id of a published name (`Qwen-7B` -> `Qwen/Qwen-7B`); an id with an owner is kept."""
+    repo = hub_id(name)
+    if repo is None:
         near = nearest(name, dense_model_names())
         ways = [f"Did you mean {', '.join(near)}?"] if near else []
         raise NotFound(f"There is no model {name!r}.", " ".join([*ways, "Models of others are named OWNER/NAME."]))
-    return "Qwen/" + name.replace("Qwen-1.8B", "Qwen-1_8B")
+    return repo
 
 
-def pull(name: str, source: str = "huggingface", revision: str | None = None) -> str:
-    """Download a model's configuration, tokenizer and weights into the cache; returns the folder.
+def pull(
+    name: str, source: str = "huggingface", revision: str | None = None, files: tuple[str, ...] | None = None
+) -> str:
+    """Download a model's configuration, tokenizer and weights into the cache; returns what to name to run it.
 
-    Raises NotFound when the model, the network or the library is missing.
+    That is the folder, or its .gguf where there is one alone. `files`: only what these patterns match, as one of the
+    many quantizations that a GGUF repository holds. Raises NotFound when the model, the network or the library is
+    missing, QwenfitError when the disk takes no more.
     """
-    repo = repository(name)
+    folder = Path(_download(repository(name), source, revision, list(files or PATTERNS)))
+    ggufs = list(folder.glob("*.gguf"))
+    if files and not any(file for pattern in files for file in folder.glob(pattern)):
+        raise NotFound(f"{name} has no file that matches {' or '.join(files)}.", "look at its files on the Hub")
+    alone = len(ggufs) == 1 and not (folder / "config.json").exists()
+    return str(ggufs[0] if alone else folder)
+
+
+def _download(repo: str, source: str, revision: str | None, patterns: list[str]) -> str:
     if source == "modelscope":
-        return _pull_modelscope(repo, revision)
+        return _pull_modelscope(repo, revision, patterns)
     if source != "huggingface":
         raise UsageError(f"There is no source {source!r}.", "--from huggingface or --from modelscope")
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
     except ImportError as error:
         raise missing_extra("huggingface_hub", "hub") from error
+    errors: Any = importlib.import_module("huggingface_hub.errors")
     try:
-        return str(snapshot_download(repo, revision=revision, allow_patterns=list(PATTERNS)))
-    except RepositoryNotFoundError as error:
+        return str(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except errors.HFValidationError:
+        raise NotFound(f"{repo!r} is no possible name of a model on the Hub.", "OWNER/NAME") from None
+    except errors.GatedRepoError:
+        raise NotFound(f"{repo} is gated on the Hub.", "Accept its terms there, then export HF_TOKEN=...") from None
+    except errors.RepositoryNotFoundError as error:
         raise NotFound(f"The Hub has no model {repo}, or it is private.", "set HF_TOKEN for a private one") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except errors.RevisionNotFoundError as error:
+        raise NotFound(f"{repo} has no revision {revision!r}.", f"qwenfit pull {repo}") from error
+    except (errors.LocalEntryNotFoundError, errors.HTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in DISK:
+            raise QwenfitError(
+                f"{repo} cannot be written: {error.strerror}; what has come is kept.", "run the same again"
+            ) from error
         raise NotFound(
             f"{repo} cannot be downloaded: the Hub is not reachable from here.",
             "check the network and HF_HUB_OFFLINE, or try --from modelscope",
         ) from error
 
 
-def _pull_modelscope(repo: str, revision: str | None) -> str:
+def _pull_modelscope(repo: str, revision: str | None, patterns: list[str]) -> str:
     try:
         from modelscope import snapshot_download  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
@@ -90,9 +116,7 @@ def _pull_modelscope(repo: str, revision: str | None) -> str:
             "This needs the package modelscope, which is not installed.", "pip install modelscope"
         ) from error
     try:
-        return str(
-            snapshot_download(repo.replace("Qwen/", "qwen/", 1), revision=revision, allow_patterns=list(PATTERNS))
-        )
+        return str(snapshot_download(repo.replace("Qwen/", "qwen/", 1), revision=revision, allow_patterns=patterns))
     except Exception as error:  # the library raises requests' and its own errors alike
         raise NotFound(f"{repo} cannot be downloaded from ModelScope.", "check the name and the network") from error
 
@@ -111,11 +135,13 @@ def cached_models() -> list[CachedModel]:
 def find_cached(name: str) -> CachedModel:
     """The model of that name in the cache. Raises NotFound, with the nearest names."""
     models = cached_models()
-    wanted = {name} if "/" in name or find_model(name) is None else {repository(name)}
-    found = [model for model in models if model.id in wanted]
+    wanted = hub_id(name) or name
+    found = [model for model in models if model.id == wanted]
     if not found:
         near = nearest(name, [model.id for model in models])
-        raise NotFound(f"{name} is not in the cache.", f"Did you mean {', '.join(near)}?" if near else "qwenfit ls")
+        raise NotFound(
+            f"{name or repr(name)} is not in the cache.", f"Did you mean {', '.join(near)}?" if near else "qwenfit ls"
+        )
     return found[0]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from qwenfit.engine.output import Delta, Stats
 from qwenfit.engine.params import SamplingParams
+from qwenfit.errors import DoesNotFit
 
 
 class Words:
@@ -39,6 +40,8 @@ class FakeLLM:
 
     def chat(self, messages: list[dict[str, str]], *, stream: bool, **sampling: Any) -> Iterator[Delta]:
         assert stream
+        if len(messages) >= self.max_model_len:  # as if each message were a token
+            raise DoesNotFit("The prompt is too long.")
         self.seen.append((list(messages), sampling))
         return self._deltas(0, messages[-1]["content"].upper().split(), len(messages))
 

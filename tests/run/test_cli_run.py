@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,7 +199,7 @@ import json, sys
 from pathlib import Path
 import psutil, torch
 from qwenfit.engine.params import SamplingParams
-from qwenfit.run.generate import generate_file
+from qwenfit.run.generate import generate_file, read_jobs
 from qwenfit.run.planned import RunOptions, load_planned
 torch.set_num_threads(1)
 llm, _ = load_planned(RunOptions(sys.argv[1], context=64, batch=8, device="cpu"))
@@ -206,7 +207,7 @@ rss = []
 for run in range(101):  # the first warms up
     source = Path(sys.argv[2]) / f"{run}.jsonl"
     source.write_text("".join(json.dumps({"prompt": f"hello {run} {i}", "seed": i}) + "\\n" for i in range(10)))
-    generate_file(llm, source, source.with_suffix(".out"), SamplingParams(max_tokens=4, ignore_eos=True))
+    generate_file(llm, read_jobs(source), source.with_suffix(".out"), SamplingParams(max_tokens=4, ignore_eos=True))
     rss.append(psutil.Process().memory_info().rss)
 print(json.dumps(rss))
 """
@@ -283,10 +284,60 @@ def test_the_cache_is_the_ecosystem_s(cli: Cli, tmp_path: Path) -> None:
     assert "no models" in cli("ls", **here).stdout
 
 
+def cached(cache: Path, repo: str, source: Path) -> dict[str, str]:
+    """The files of `source` as the Hub's model `repo` in a cache; returns the environment that finds it."""
+    folder = cache / ("models--" + repo.replace("/", "--"))
+    shutil.copytree(source, folder / "snapshots" / ("a" * 40))
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text("a" * 40)
+    return {"HF_HUB_CACHE": str(cache)}
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b-instruct", "Qwen/Qwen2.5-0.5B-Instruct"])
+def test_what_was_pulled_by_a_name_runs_by_that_name(cli: Cli, tiny: Path, tmp_path: Path, name: str) -> None:
+    here = cached(tmp_path / "hub", "Qwen/Qwen2.5-0.5B-Instruct", tiny)
+    options = ("-p", "hello", *GREEDY, "--set", "max_tokens=5", "--precision", "fp32", "--context", 64)
+    by_name, by_folder = cli("chat", name, *options, **here), cli("chat", tiny, *options)
+    assert by_name.returncode == 0, by_name.stderr
+    assert by_name.stdout == by_folder.stdout
+
+
+def test_a_pulled_qwen1_is_converted_by_its_name(cli: Cli, tmp_path: Path) -> None:
+    here = cached(tmp_path / "hub", "Qwen/Qwen-1_8B-Chat", ROOT / "tests/golden/qwen1/c_ntk")
+    result = cli("convert", "Qwen-1.8B-Chat", "out", "--json", **here)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["tensors"] == 27
+    failed(cli("convert", "Qwen-7B-Chat", "other", **here), 4, "qwenfit pull Qwen-7B-Chat")
+
+
+def test_the_model_s_own_sampling_is_where_a_chat_starts(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    """do_sample false is greedy: two runs say the same, and what --set says."""
+    folder = Path(shutil.copytree(tiny, tmp_path / "model"))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [578], "do_sample": false}')
+    options = ("-p", "hello", "--set", "max_tokens=12", "--json")
+    first, again, told = (
+        cli("chat", folder, *options),
+        cli("chat", folder, *options),
+        cli("chat", tiny, *options, *GREEDY),
+    )
+    texts = [json.loads(result.stdout)["text"] for result in (first, again, told)]
+    assert texts[0] == texts[1] == texts[2]
+    assert json.loads(first.stdout)["completion_tokens"] == 12
+    (folder / "generation_config.json").write_text('{"top_p": 7}')
+    failed(cli("chat", folder, *options), 5, "top_p lies above 0")
+
+
+def test_a_terminal_that_is_not_utf8_shows_what_it_can(cli: Cli, tiny: Path) -> None:
+    options = ("-p", "hello", *GREEDY, "--set", "max_tokens=12")
+    result = cli("chat", tiny, *options, PYTHONUTF8="0", PYTHONIOENCODING="ascii")
+    assert result.returncode == 0 and "?" in result.stdout and result.stdout.isascii()
+
+
 def test_pulling_without_a_network_is_4(cli: Cli, tmp_path: Path) -> None:
     here = {"HF_HUB_CACHE": str(tmp_path / "hub")}
     failed(cli("pull", "Qwen-1.8B", **here), 4, "not reachable")
     failed(cli("pull", "nosuchmodel", **here), 4, "There is no model")
+    failed(cli("pull", "a/b/c", **here), 4, "no possible name")
 
 
 def test_convert_writes_once(cli: Cli, tmp_path: Path) -> None:
@@ -417,7 +468,10 @@ def test_memory_that_runs_out_is_one_sentence_and_3(tiny: Path, tmp_path: Path) 
         (("chat", "./none", "-p", "hi"), 4, "no file or folder"),
         (("generate", "TINY", "-i", "none.jsonl", "-o", "out.jsonl"), 4, "cannot be read"),
         (("generate", "TINY", "-i", "TINY/config.json", "-o", "out.jsonl"), 5, "line 1"),
+        (("chat", "TINY", "-p", "hi", "--set", "n=2"), 2, "one answer at a time"),
+        (("chat", "TINY", "--json"), 2, "The prompt is empty"),
         (("bench", "decode"), 2, "Which model"),
+        (("bench", "demo", "Qwen-7B"), 2, "picks the model"),
         (("bench", "decode", "TINY", "--prompt", 0), 2, "prompt"),
         (("bench", "decode", "TINY", "--batch", -1), 2, "batch"),
         (("bench", "decode", "TINY", "--tolerance", -1), 2, "tolerance"),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from qwenfit.errors import NotFound, UsageError
+from qwenfit.errors import NotFound, QwenfitError, UsageError
 from qwenfit.run import models
 
 
@@ -44,6 +45,21 @@ def test_repository_names() -> None:
         models.repository("Kwen")
 
 
+@pytest.mark.parametrize(
+    ("name", "repo"),
+    [
+        ("qwen-1.8b-chat", "Qwen/Qwen-1_8B-Chat"),
+        ("Qwen-7B-Chat-Int4", "Qwen/Qwen-7B-Chat-Int4"),
+        ("Qwen1.5-1.8B-Chat", "Qwen/Qwen1.5-1.8B-Chat"),
+        ("qwen2.5-7b-instruct-gptq-int4", "Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4"),
+        ("Qwen2.5-7B-Instruct-AWQ", "Qwen/Qwen2.5-7B-Instruct-AWQ"),
+        ("Qwen3-8B-Base", "Qwen/Qwen3-8B-Base"),
+    ],
+)
+def test_published_names_are_those_of_the_hub(name: str, repo: str) -> None:
+    assert models.repository(name) == repo
+
+
 def test_an_empty_cache_lists_nothing_and_has_nothing_to_remove(cache: Path) -> None:
     assert models.cached_models() == []
     with pytest.raises(NotFound, match="not in the cache"):
@@ -56,6 +72,46 @@ def test_cached_models_are_listed_largest_first_and_removed(cache: Path) -> None
     assert [(m.id, m.nbytes) for m in models.cached_models()] == [("other/model", 5000), ("Qwen/Qwen-7B", 2000)]
     assert models.remove("Qwen-7B") == 2000
     assert [m.id for m in models.cached_models()] == ["other/model"]
+
+
+def test_only_the_files_asked_for_are_pulled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GGUF repository holds a dozen quantizations; what is printed is what to name."""
+    asked = []
+
+    def download(repo: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repo, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    (tmp_path / "m-q4_k_m.gguf").touch()
+    assert models.pull("me/m-GGUF", files=("*q4_k_m*",)) == str(tmp_path / "m-q4_k_m.gguf")
+    with pytest.raises(NotFound, match="no file that matches"):
+        models.pull("me/m-GGUF", files=("*q9*",))
+    (tmp_path / "config.json").touch()
+    assert models.pull("me/m") == str(tmp_path)
+    assert asked[0] == ("me/m-GGUF", ["*q4_k_m*"]) and asked[-1] == ("me/m", list(models.PATTERNS))
+
+
+def test_what_the_hub_answers_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import errors
+
+    response = SimpleNamespace(status_code=404, headers={}, request=None)
+    for answer, code, word in [
+        (errors.HFValidationError("x"), 4, "no possible name"),
+        (errors.GatedRepoError("x", response=response), 4, "gated"),
+        (errors.RepositoryNotFoundError("x", response=response), 4, "no model"),
+        (errors.RevisionNotFoundError("x", response=response), 4, "no revision 'v9'"),
+        (errors.HTTPError("the connection broke"), 4, "not reachable"),
+        (OSError(28, "No space left on device"), 1, "No space left"),
+    ]:
+
+        def fail(*_: object, answer: Exception = answer, **__: object) -> str:
+            raise answer
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+        with pytest.raises(QwenfitError, match=word) as caught:
+            models.pull("me/m", revision="v9")
+        assert caught.value.exit_code == code
 
 
 def test_pulling_offline_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
