@@ -64,6 +64,7 @@ def synchronize() -> None:
 
 
 def clean() -> None:
+    gc.unfreeze()  # what an engine found at its start: `watch` ties its parts to each other
     gc.collect()
     if GPU:
         torch.cuda.empty_cache()

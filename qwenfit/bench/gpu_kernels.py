@@ -37,7 +37,6 @@ from qwenfit.kernels.triton.decode_attention import (
 )
 from qwenfit.kernels.triton.int_matvec import BlockedWeight, int_matvec, int_matvec_reference
 from qwenfit.kernels.triton.launch import device_limits
-from qwenfit.kernels.triton.layout import pack_codes
 from qwenfit.kernels.triton.rotary_cache import rotary_cache_reference
 
 Config = dict[str, int]
@@ -113,10 +112,10 @@ def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def random_blocked(bits: int, inputs: int, out: int) -> BlockedWeight:
-    q = torch.randint(0, 2**bits, (out, inputs), dtype=torch.uint8, device="cuda")
+    codes = torch.empty(out, inputs * bits // 32, dtype=torch.int32, device="cuda").random_(-(2**31), 2**31)
     deviation = ((4.0**bits - 1) / 12) ** 0.5
     scales = (torch.rand(out, inputs // 128, device="cuda") + 0.5).half() / deviation / inputs**0.5
-    return BlockedWeight(bits, 128, 128, out, inputs, pack_codes(q, bits, 128), scales, None)
+    return BlockedWeight(bits, 128, 128, out, inputs, codes, scales, None)
 
 
 def copies(make: Callable[[], Any], nbytes: int) -> list[Any]:

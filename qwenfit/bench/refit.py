@@ -1,8 +1,10 @@
 """The constants of a decode step on a GPU, fitted to records: `python -m qwenfit.bench.refit measurements/X.json ...`.
 
-A step takes (bytes of each kind) / (share x plain read) + layers x gap + what the host adds. The shares, the gap and
-the host's time are fitted by least squares on relative errors; all are at least 0, and no share is above 1. Prints the
-values that belong into MEASURED of planning/constants.py and, run by run, what they predict.
+A step takes (bytes of each kind) / (share x plain read) + layers x gap + what the host adds. The gap and the host's
+time are those of all records, the shares those of a card: where a faster memory does not bring its share, the card's
+arithmetic is the limit, in bytes/s, and the plan takes the smaller of both. Least squares on relative errors; all are
+at least 0, and no share is above 1. Prints the values that belong into MEASURED of planning/constants.py and, run by
+run, what they predict.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from qwenfit.planning.inference_speed import step_reads
 from qwenfit.planning.stack import READ_KINDS, get_stack
 from qwenfit.planning.task import Inference
 
-UNKNOWNS = (*READ_KINDS, "layer_gap", "step_host")
 ROUNDS = 5_000
+COMMON = ("layer_gap", "step_host")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Step:
     """One measured decode step: seconds by unknown at a share of 1 (or its count), and the seconds it took."""
 
     what: str
-    terms: tuple[float, ...]
+    card: str
+    terms: dict[str, float]  # by kind of READ_KINDS, and by COMMON
     seconds: float
 
 
@@ -54,36 +57,39 @@ def _step(card: str, model: str, precision: str, task: Inference, seconds: float
     stack, config = get_stack("qwenfit"), get_model(model)
     reads = step_reads(config, Hardware(device), task, precision, stack)
     rate = read_bandwidth(device, stack)
-    terms = tuple(reads[kind] / rate for kind in READ_KINDS)
+    terms = {kind: reads[kind] / rate for kind in READ_KINDS if reads[kind]}
     what = f"{model} {precision}, {task.kv_cache} cache, {task.batch} x {task.prompt} + {task.generate}"
-    return Step(what, (*terms, config.num_layers, host), seconds)
+    counts = {"layer_gap": float(config.num_layers), "step_host": float(host)}
+    return Step(what, device.name, terms | {name: count for name, count in counts.items() if count}, seconds)
+
+
+def unknown(step: Step, name: str) -> str:
+    """What a term of the step is fitted by: "int4 H100-SXM5-80GB", or one of COMMON."""
+    return name if name in COMMON else f"{name} {step.card}"
 
 
 def fit(steps: Sequence[Step]) -> dict[str, float]:
-    """Non-negative least squares on relative errors, by coordinate descent. Shares 1 / x; gap and host in s."""
-    least = [1.0] * len(READ_KINDS) + [0.0, 0.0]  # nothing reads faster than a plain read
-    x = [1.2] * len(READ_KINDS) + [1e-5, 1e-4]
-    rows = [[term / step.seconds for term in step.terms] for step in steps]
-    squares = [sum(row[j] ** 2 for row in rows) for j in range(len(x))]
-    left = [1 - sum(a * b for a, b in zip(row, x, strict=True)) for row in rows]
+    """Non-negative least squares on relative errors, by coordinate descent. Shares by kind and card; gap, host in s."""
+    names = list(dict.fromkeys(unknown(step, name) for step in steps for name in step.terms))
+    x = {name: {"layer_gap": 1e-5, "step_host": 1e-4}.get(name, 1.2) for name in names}  # of shares 1 / x
+    rows = [{unknown(step, name): term / step.seconds for name, term in step.terms.items()} for step in steps]
+    left = [1 - sum(a * x[name] for name, a in row.items()) for row in rows]
+    inside = {name: [i for i, row in enumerate(rows) if name in row] for name in names}
+    squares = {name: sum(rows[i][name] ** 2 for i in inside[name]) for name in names}
     for _ in range(ROUNDS):
-        for j, square in enumerate(squares):
-            if square == 0:
-                continue
-            new = max(least[j], x[j] + sum(row[j] * rest for row, rest in zip(rows, left, strict=True)) / square)
-            left = [rest - row[j] * (new - x[j]) for row, rest in zip(rows, left, strict=True)]
-            x[j] = new
-    known = [j for j, square in enumerate(squares) if square > 0]
-    return {UNKNOWNS[j]: (1 / x[j] if j < len(READ_KINDS) else x[j]) for j in known}
+        for name in names:
+            step = sum(rows[i][name] * left[i] for i in inside[name]) / squares[name]
+            new = max(0.0 if name in COMMON else 1.0, x[name] + step)  # nothing reads faster than a plain read
+            for i in inside[name]:
+                left[i] -= rows[i][name] * (new - x[name])
+            x[name] = new
+    return {name: value if name in COMMON else 1 / value for name, value in x.items()}
 
 
 def predicted(step: Step, constants: dict[str, float]) -> float:
     """Seconds of the step by these constants."""
-    total = 0.0
-    for name, term in zip(UNKNOWNS, step.terms, strict=True):
-        if name in constants:
-            total += term / constants[name] if name in READ_KINDS else term * constants[name]
-    return total
+    found = ((constants[unknown(step, name)], name, term) for name, term in step.terms.items())
+    return sum(term * value if name in COMMON else term / value for value, name, term in found)
 
 
 def main(paths: Sequence[str]) -> int:
@@ -92,13 +98,15 @@ def main(paths: Sequence[str]) -> int:
         return 2
     steps = [step for path in paths for step in steps_of(json.loads(Path(path).read_text(encoding="utf-8")))]
     constants = fit(steps)
-    for name, value in constants.items():
-        print(f"{name:12} {value:.3g}")
+    for name, value in sorted(constants.items()):
+        kind, _, card = name.partition(" ")
+        rate = f", {value * read_bandwidth(find_device(card), get_stack('qwenfit')) / 1e12:.2f} TB/s" if card else ""
+        print(f"{kind:12} {card:16} {value:.3g}{rate}")
     for step in steps:
         planned = 1 / predicted(step, constants)
-        print(
-            f"{step.what:55} {1 / step.seconds:8.1f} steps/s, fitted {planned:8.1f} ({planned * step.seconds - 1:+.1%})"
-        )
+        error = planned * step.seconds - 1
+        what = f"{step.card[:4]} {step.what:55}"
+        print(f"{what} {1 / step.seconds:8.1f} steps/s, fitted {planned:8.1f} ({error:+.1%})")
     return 0
 
 

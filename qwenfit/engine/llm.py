@@ -158,7 +158,9 @@ class LLM:
         self._inboxes: dict[int, deque[Delta]] = {}  # request id -> where the call that waits for it reads
         if torch.device(device).type == "cuda":
             # What is there now (torch and Triton: 200,000 objects) is left out of later garbage collections, each of
-            # which would let the device wait for 0.1 to 0.3 s. Nothing of an engine needs one: see its test.
+            # which would let the device wait for 0.1 to 0.3 s. Nothing of an engine needs one: see its test. What
+            # others tied to an earlier engine is let go here.
+            gc.unfreeze()
             gc.collect()
             gc.freeze()
 

@@ -14,7 +14,8 @@ from qwenfit.model.kv_cache import KVCache
 from qwenfit.model.prefill import run_layers
 from qwenfit.model.transformer import Transformer
 
-LENGTHS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)  # beyond, the device takes longer than the host
+LENGTHS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, *range(1152, 2049, 128))
+PADDED = 1024  # beyond, the device takes longer than the host, and a graph must not pad by more than a 32nd
 
 
 class PromptStep:
@@ -61,7 +62,8 @@ class PromptGraphs:
         self._recorded: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
     def fits(self, length: int) -> bool:
-        return length <= LENGTHS[-1]
+        size = next((size for size in LENGTHS if size >= length), None)
+        return size is not None and (size <= PADDED or size - length <= size // 32)
 
     def run(self, ids: Sequence[int], slots: Sequence[int]) -> torch.Tensor:
         """float32 logits [1, vocab_size] after a prompt that no NTK alpha stretches, valid until the next step."""

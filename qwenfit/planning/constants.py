@@ -238,39 +238,45 @@ GOALS: dict[str, Constant] = {
 
 # What this project's own engine was measured to do on a GPU: refitted by `python -m qwenfit.bench.refit` whenever a
 # record in measurements/ is newer than the kernels.
-_DECODE = "measurements/guide-h200-*.json and gpu-decode-h200-4.json, 39 runs, by bench/refit.py"
+_DECODE = "measurements/guide-h100-*.json, 33 runs (with guide-h200-*.json and gpu-decode-h200-4.json), bench/refit.py"
+_LIMIT = "measurements/guide-h200-*.json and gpu-decode-h200-4.json: what the shares come to there, by bench/refit.py"
 _CPU = "measurements/decode-amd-epyc-*.json and compare-amd-epyc-*.json: 0.5B to 7B on two Zen 3 cores"
 MEASURED: dict[str, Constant] = {
     c.name: c
     for c in (
-        Constant("qwenfit_read_plain", 0.965, "of a plain read", "16-bit weights in a decode step", _DECODE),
+        Constant("qwenfit_read_plain", 0.984, "of a plain read", "16-bit weights in a decode step", _DECODE),
         Constant(
-            "qwenfit_read_plain_rows", 0.763, "of a plain read", "16-bit weights for several requests at once", _DECODE
+            "qwenfit_read_plain_rows", 0.815, "of a plain read", "16-bit weights for several requests at once", _DECODE
         ),
-        Constant("qwenfit_read_int8", 0.828, "of a plain read", "int8 weights in a decode step", _DECODE),
-        Constant("qwenfit_read_int4", 0.751, "of a plain read", "int4 weights in a decode step", _DECODE),
-        Constant("qwenfit_read_cache", 0.83, "of a plain read", "a 16-bit KV cache in a decode step", _DECODE),
-        Constant("qwenfit_read_cache_int8", 0.666, "of a plain read", "an int8 KV cache in a decode step", _DECODE),
+        Constant("qwenfit_read_int8", 0.963, "of a plain read", "int8 weights in a decode step", _DECODE),
+        Constant("qwenfit_read_int4", 0.909, "of a plain read", "int4 weights in a decode step", _DECODE),
+        Constant("qwenfit_read_cache", 0.883, "of a plain read", "a 16-bit KV cache in a decode step", _DECODE),
+        Constant("qwenfit_read_cache_int8", 0.764, "of a plain read", "an int8 KV cache in a decode step", _DECODE),
+        Constant("qwenfit_limit_plain_rows", 3.31e12, "bytes/s", "the same on faster memory: a Hopper's cores", _LIMIT),
+        Constant("qwenfit_limit_int8", 3.61e12, "bytes/s", "int8 weights on faster memory: a Hopper's cores", _LIMIT),
+        Constant("qwenfit_limit_int4", 3.29e12, "bytes/s", "int4 weights on faster memory: a Hopper's cores", _LIMIT),
+        Constant("qwenfit_limit_cache", 3.62e12, "bytes/s", "a 16-bit cache on faster memory", _LIMIT),
+        Constant("qwenfit_limit_cache_int8", 2.9e12, "bytes/s", "an int8 cache on faster memory", _LIMIT),
         Constant(
             "qwenfit_layer_gap",
-            8.8e-6,
+            9.7e-6,
             "s per layer and step",
             "what the six kernels of a layer take beyond their bytes, in a CUDA graph",
             _DECODE,
         ),
         Constant(
             "qwenfit_step_host",
-            0.098e-3,
+            0.094e-3,
             "s per step",
             "scheduling, copying the step's numbers, sampling: what the engine adds to the graph",
             _DECODE,
         ),
         Constant(
             "qwenfit_prefill_share",
-            0.855,
+            0.87,
             "of the matrix product's speed",
             "a whole prompt against the bare products: norms, attention, small layers",
-            "measurements/gpu-engine-h200-3.json: 41.2 ms for 2048 tokens of Qwen-7B bf16",
+            "measurements/gpu-engine-h100.json: 44.1 ms for 2048 tokens of Qwen-7B bf16",
         ),
         Constant(
             "qwenfit_cpu_read",
@@ -294,11 +300,11 @@ MEASURED: dict[str, Constant] = {
             _CPU,
         ),
         Constant(
-            "qwenfit_prefill_host",
-            0.42e-3,
-            "s per layer and prompt",
-            "time the host needs to launch one layer's kernels of a prompt, which no CUDA graph holds",
-            "measurements/gpu-engine-h200-3.json: 13.4 ms for 512 tokens of Qwen-7B bf16",
+            "qwenfit_prompt_host",
+            1.3e-3,
+            "s per prompt",
+            "scheduling, copying the prompt's numbers, sampling: what the engine adds to the products",
+            "measurements/gpu-engine-h100.json: 11.7 ms for 512 tokens of Qwen-7B bf16, in a CUDA graph",
         ),
     )
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from qwenfit.config import ModelConfig
@@ -78,7 +79,9 @@ def decode_step(
     bandwidth = read_bandwidth(device, stack)
     on_cpu = device.kind == "cpu"
     shares = dict.fromkeys(READ_KINDS, measured("qwenfit_cpu_read")) if on_cpu else stack.read_shares
-    memory = sum(nbytes / shares.get(kind, 1.0) for kind, nbytes in reads.items()) / bandwidth / shards
+    limits = {} if on_cpu else stack.read_limits
+    rates = {kind: min(bandwidth * shares.get(kind, 1.0), limits.get(kind, math.inf)) for kind in reads}
+    memory = sum(nbytes / rates[kind] for kind, nbytes in reads.items()) / shards
     memory += quantized * unpack_time(device, stack) / shards
     if on_cpu:
         memory += config.num_layers * measured("qwenfit_cpu_layer_gap")
@@ -111,7 +114,7 @@ def prefill_seconds(
 ) -> tuple[float, str]:
     """Seconds until the first token of one prompt alone, and what binds them.
 
-    The products and causal attention, the launches of their kernels, or one decode-like pass: the slowest.
+    The products and causal attention with what the host adds, or one decode-like pass: the slower.
     """
     shards = hardware.world_size if parallel == "tensor" else 1
     on_cpu = hardware.device.kind == "cpu"
@@ -119,8 +122,8 @@ def prefill_seconds(
     compute = prefill_flops(config, prompt) / (matmul_flops(hardware.device, precision) * share) / shards
     alone = Inference(prompt=1, generate=1, batch=1)
     least = decode_step(config, hardware, alone, precision, stack, parallel, host_factor)
-    host = 0.0 if on_cpu or prompt == 1 else config.num_layers * stack.prefill_host * host_factor
-    return max((least.total, least.bound), (compute, COMPUTE), (host, HOST))
+    host = 0.0 if on_cpu or prompt == 1 else stack.prompt_host * host_factor
+    return max((least.total, least.bound), (compute + host, COMPUTE if compute >= host else HOST))
 
 
 def inference_speed(

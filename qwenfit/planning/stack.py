@@ -9,6 +9,7 @@ from qwenfit.planning.constants import fitted, goal, measured, read
 
 # What a decode step reads: weights by precision ("plain": 16 bits for one request, "plain_rows" for several), KV cache.
 READ_KINDS = ("plain", "plain_rows", "int8", "int4", "cache", "cache_int8")
+LIMITED = READ_KINDS[1:]  # those that a fast memory brings faster than a card's cores take them
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class Stack:
     utilization: float | None = None  # vLLM: share of the card that the process takes
     tensor_parallel: bool = False
     read_shares: dict[str, float] = field(default_factory=dict)  # of a plain read, by kind (inference_speed); else 1
+    read_limits: dict[str, float] = field(default_factory=dict)  # bytes/s that the cores take at most, by kind
     step_host: float = 0.0  # s per step that the host adds to the device's time
-    prefill_host: float = 0.0  # s per layer and prompt to launch its kernels
+    prompt_host: float = 0.0  # s per prompt that the host adds to the device's time
 
 
 STACKS: dict[str, Stack] = {
@@ -62,8 +64,9 @@ STACKS: dict[str, Stack] = {
             speed_error=0.10,
             tensor_parallel=False,
             read_shares={k: measured(f"qwenfit_read_{k}") for k in READ_KINDS},
+            read_limits={k: measured(f"qwenfit_limit_{k}") for k in LIMITED},
             step_host=measured("qwenfit_step_host"),
-            prefill_host=measured("qwenfit_prefill_host"),
+            prompt_host=measured("qwenfit_prompt_host"),
         ),
         Stack(
             name="transformers-4.3x",
