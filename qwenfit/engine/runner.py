@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import chain
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -92,6 +93,7 @@ class Runner:
     def _warm_up(self, model: Transformer, max_num_seqs: int, max_batched_tokens: int) -> None:
         """Compile and record at the start what would stop the requests later. The cache is still empty."""
         from qwenfit.engine.warm_up import load_products
+        from qwenfit.kernels.triton.prompt_attention import Turn
         from qwenfit.kernels.triton.ragged import compile_prompt_attention
         from qwenfit.model.batch import Chunk, make_batch
         from qwenfit.model.prefill import prefill
@@ -100,7 +102,10 @@ class Runner:
         heads = config.num_heads + 2 * config.num_kv_heads
         qkv = torch.zeros(16, heads, config.head_dim, dtype=model.dtype, device=self.device)
         if model.dtype != torch.float32:
-            compile_prompt_attention(qkv, config.num_kv_heads)
+            at = torch.arange(16, device=self.device)
+            angles = model.rotary.angles(at, [16], [1.0], math.inf, model.dtype)
+            turn = None if config.qk_norm else Turn(angles.cos, angles.sin, angles.query_scale)
+            compile_prompt_attention(qkv, config.num_kv_heads, turn)
         if self.cache.num_blocks >= 2:  # a decoded token, and the second part of a prompt
             table = [0] * self._tables.shape[1]
             chunks = [Chunk([0], 1, table), Chunk([0] * size, size, [0, 1, *table[2:]])]

@@ -8,7 +8,9 @@ import torch
 from tests.kernels.triton_cases import DEVICE, error, random
 
 pytest.importorskip("triton")
-from qwenfit.kernels.triton.prompt_attention import prompt_attention, prompt_attention_reference
+from qwenfit.kernels.rotary import rotate
+from qwenfit.kernels.triton.prompt_attention import Turn, prompt_attention, prompt_attention_reference
+from qwenfit.model.rotary import inverse_frequencies
 
 CONFIGS = [{"m": 16, "n": 16, "warps": 1, "stages": 2}, {"m": 32, "n": 16, "warps": 2, "stages": 1}]
 LENGTHS = {
@@ -39,3 +41,17 @@ def test_sixteen_bits_round_the_weights_of_the_values_too() -> None:
     out = prompt_attention(q, k, v, starts, starts, 40, 0.3, CONFIGS[0])
     expected = prompt_attention_reference(q.float(), k.float(), v.float(), [40], [40], 0.3)
     assert 1e-5 < error(out, expected) < 1e-3
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_queries_are_rotated_as_they_are_read(scaled: bool) -> None:
+    queries, contexts, dim = [40, 3, 17], [40, 9, 17], 16
+    q, k, v = random(60, 2, dim), random(66, 2, dim, seed=1), random(66, 2, dim, seed=2)
+    radians = torch.arange(60, device=DEVICE)[:, None] * inverse_frequencies(dim, 1e4).to(DEVICE)
+    cos, sin = (torch.cat(pair, -1)[:, None] for pair in ((radians.cos(),) * 2, (-radians.sin(), radians.sin())))
+    factor = 1 + torch.arange(60, device=DEVICE)[:, None, None] / 50 if scaled else None
+    starts = [torch.tensor([*accumulate(n, initial=0)], dtype=torch.int32, device=DEVICE) for n in (queries, contexts)]
+    out = prompt_attention(q, k, v, *starts, 40, 0.3, CONFIGS[0], Turn(cos, sin, factor))
+    turned = rotate(q, cos, sin)
+    turned = turned if factor is None else turned * factor
+    assert error(out, prompt_attention_reference(turned, k, v, queries, contexts, 0.3)) < 1e-5

@@ -6,6 +6,8 @@ a program for some queries of one head; the longest rows start first, so that sh
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from qwenfit.kernels.triton.launch import options, start_after_previous
 
 Lens = list[int]
+
+
+class Turn(NamedTuple):
+    """What is still to be done to the queries: rotation, and LogN's factor."""
+
+    cos: torch.Tensor  # float32 [rows of q, 1, head_dim]
+    sin: torch.Tensor  # the same, the first half negated
+    query_scale: torch.Tensor | None  # [rows of q, 1, 1] in the model's dtype
 
 
 def prompt_attention_reference(
@@ -44,26 +54,54 @@ def prompt_attention(
     longest: int,
     scale: float,
     config: dict[str, int],
+    turn: Turn | None = None,
 ) -> torch.Tensor:
     """`prompt_attention_reference` in one kernel, from int32 [prompts + 1] of where each prompt's rows begin.
 
-    `longest`: no prompt has more queries. Heads are contiguous and a power of two wide; tokens may be strided.
+    `longest`: no prompt has more queries. Heads are contiguous and a power of two wide; tokens may be strided. With
+    `turn` the queries are as they were projected, and each step on them is rounded to their dtype.
     """
+    cos, sin, query_scale = turn or (None, None, None)
     heads, head_dim = q.shape[1:]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _prompt_attention[(heads, triton.cdiv(longest, config["m"]), len(query_starts) - 1)](
-        q, k, v, out, query_starts, context_starts, q.stride(0), k.stride(0), v.stride(0),
+        q, k, v, out, cos, sin, query_scale, query_starts, context_starts, q.stride(0), k.stride(0), v.stride(0),
         scale * 1.4426950408889634, HEADS=heads, GROUP=heads // k.shape[1], DIM=head_dim,
+        TURNS=turn is not None, HAS_SCALE=query_scale is not None,
         M=config["m"], N=config["n"], STAGES=config["stages"], num_warps=config["warps"], **options(q),
     )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize_on_alignment=["query_starts_ptr", "context_starts_ptr"])
+@triton.jit
+def _turned(
+    q_ptr, cos_ptr, sin_ptr, query_scale_ptr, row, q_stride, begin, queries,
+    DIM: tl.constexpr, HAS_SCALE: tl.constexpr,
+):  # fmt: skip
+    """Queries [M, DIM] from their halves, rotated and scaled."""
+    HALF: tl.constexpr = DIM // 2
+    dtype = q_ptr.dtype.element_ty
+    there, d = (row < queries)[:, None], tl.arange(0, HALF)[None, :]
+    at = q_ptr + row[:, None] * q_stride + d
+    a = tl.load(at, mask=there, other=0.0).to(tl.float32)
+    b = tl.load(at + HALF, mask=there, other=0.0).to(tl.float32)
+    angle = (begin + row).to(tl.int64)[:, None] * DIM + d
+    cos = tl.load(cos_ptr + angle, mask=there, other=0.0)
+    sin = tl.load(sin_ptr + HALF + angle, mask=there, other=0.0)
+    turned_a, turned_b = (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
+    if HAS_SCALE:
+        factor = tl.load(query_scale_ptr + begin + row, mask=row < queries, other=0.0).to(tl.float32)[:, None]
+        turned_a = (turned_a.to(tl.float32) * factor).to(dtype)
+        turned_b = (turned_b.to(tl.float32) * factor).to(dtype)
+    return tl.permute(tl.join(turned_a, turned_b), (0, 2, 1)).reshape([row.shape[0], DIM])
+
+
+@triton.jit(do_not_specialize_on_alignment=["query_scale_ptr", "query_starts_ptr", "context_starts_ptr"])
 def _prompt_attention(
-    q_ptr, k_ptr, v_ptr, out_ptr, query_starts_ptr, context_starts_ptr, q_stride, k_stride, v_stride, scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, query_scale_ptr, query_starts_ptr, context_starts_ptr,
+    q_stride, k_stride, v_stride, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, TURNS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_after_previous(OVERLAP)
     head, prompt = tl.program_id(0), tl.program_id(2)
@@ -79,7 +117,10 @@ def _prompt_attention(
         q_ptr += begin.to(tl.int64) * q_stride + head * DIM
         k_ptr += keys_begin.to(tl.int64) * k_stride + head // GROUP * DIM
         v_ptr += keys_begin.to(tl.int64) * v_stride + head // GROUP * DIM
-        q = tl.load(q_ptr + row[:, None] * q_stride + d[None, :], mask=(row < queries)[:, None], other=0.0)
+        if TURNS:
+            q = _turned(q_ptr, cos_ptr, sin_ptr, query_scale_ptr, row, q_stride, begin, queries, DIM, HAS_SCALE)
+        else:
+            q = tl.load(q_ptr + row[:, None] * q_stride + d[None, :], mask=(row < queries)[:, None], other=0.0)
         top = tl.full([M], -1e30, tl.float32)
         total = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, DIM], tl.float32)

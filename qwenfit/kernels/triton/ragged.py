@@ -18,7 +18,7 @@ from qwenfit.kernels.norm import rms_norm
 from qwenfit.kernels.rotary import rotate
 from qwenfit.kernels.triton.decode_attention import NewTokens, decode_step_attention
 from qwenfit.kernels.triton.launch import options, start_after_previous
-from qwenfit.kernels.triton.prompt_attention import prompt_attention, prompt_attention_reference
+from qwenfit.kernels.triton.prompt_attention import Turn, prompt_attention, prompt_attention_reference
 from qwenfit.kernels.triton.tuning import in_force, key, measured
 
 _HEADS = 8  # of a program
@@ -92,12 +92,21 @@ def ragged_attention(
     heads = qkv.shape[1] - 2 * kv_heads
     if singles == tokens:
         return _singles(qkv, new, cache, plan, scale)
-    rotate_in_place(qkv, new, cache, singles)
+    config = _own_config(qkv, heads // kv_heads, plan)
+    turns = config is not None and new.head_norms is None  # the attention rotates queries as it reads them
+    rotate_in_place(qkv, new, cache, singles, queries=not turns)
     prompts = qkv[singles:]
     q, k, v = prompts[:, :heads], prompts[:, heads:-kv_heads], prompts[:, -kv_heads:]
     if plan.context_slots is not None:
         k, v = gather_context(cache, plan.context_slots, qkv.dtype)
-    out = _attend_prompts(q, k, v, plan, scale).flatten(1)
+    if config is None:
+        out = _attend_prompts(q, k, v, plan, scale)
+    else:
+        query_scale = None if new.query_scale is None else new.query_scale[singles:]
+        turn = Turn(new.cos[singles:], new.sin[singles:], query_scale) if turns else None
+        longest = max(plan.query_lens)
+        out = prompt_attention(q, k, v, plan.query_starts, plan.context_starts, longest, scale, config, turn)
+    out = out.flatten(1)
     return out if singles == 0 else torch.cat((_singles(qkv[:singles], new, cache, plan, scale), out))
 
 
@@ -108,24 +117,27 @@ def _singles(qkv: torch.Tensor, new: NewTokens, cache: LayerCache, plan: RaggedP
     return decode_step_attention(qkv, new, cache, plan.block_tables, plan.single_contexts, scale)
 
 
+def _own_config(qkv: torch.Tensor, group: int, plan: RaggedPlan) -> dict[str, int] | None:
+    """How our own kernel attends, where it was measured as the fastest for such a length on this card."""
+    if not qkv.is_cuda or qkv.dtype == torch.float32:
+        return None
+    config = measured("prompt_attention", (qkv.shape[2], group, max(plan.query_lens)))
+    return None if config is None or "cudnn" in config else config
+
+
 def _attend_prompts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: RaggedPlan, scale: float) -> torch.Tensor:
-    """`prompt_attention_reference`, by what was measured as the fastest for such a length on this card."""
+    """`prompt_attention_reference`, by torch or cuDNN."""
     if not q.is_cuda or q.dtype == torch.float32:  # which flash attention does not take
         return prompt_attention_reference(q, k, v, plan.query_lens, plan.context_lens, scale)  # causal: padding is last
-    longest = max(plan.query_lens)
-    config = measured("prompt_attention", (q.shape[2], q.shape[1] // k.shape[1], longest))
-    if config is None:
-        return flash(q, k, v, plan, scale)
-    if "cudnn" not in config:
-        return prompt_attention(q, k, v, plan.query_starts, plan.context_starts, longest, scale, config)
+    config = measured("prompt_attention", (q.shape[2], q.shape[1] // k.shape[1], max(plan.query_lens)))
     whole = len(plan.query_lens) == 1 and plan.context_slots is None and not plan.padded
-    return (cudnn if whole else flash)(q, k, v, plan, scale)
+    return (cudnn if config is not None and whole else flash)(q, k, v, plan, scale)
 
 
-def compile_prompt_attention(qkv: torch.Tensor, kv_heads: int) -> None:
+def compile_prompt_attention(qkv: torch.Tensor, kv_heads: int, turn: Turn | None) -> None:
     """Run the attention of prompts with each config that a length may choose on this card, so that none waits for it.
 
-    qkv [tokens, heads + 2 kv_heads, head_dim] is a prompt of any content.
+    qkv [tokens, heads + 2 kv_heads, head_dim] is a prompt of any content; `turn` as the model has it.
     """
     heads, head_dim = qkv.shape[1] - 2 * kv_heads, qkv.shape[2]
     starts = torch.tensor([0, len(qkv)], dtype=torch.int32, device=qkv.device)
@@ -133,7 +145,7 @@ def compile_prompt_attention(qkv: torch.Tensor, kv_heads: int) -> None:
     wanted = key("prompt_attention", (head_dim, heads // kv_heads, 1)).removesuffix("1")
     for config in {str(config): config for name, config in in_force().items() if name.startswith(wanted)}.values():
         if "cudnn" not in config:
-            prompt_attention(q, k, v, starts, starts, len(qkv), 1.0, config)
+            prompt_attention(q, k, v, starts, starts, len(qkv), 1.0, config, turn)
 
 
 def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: RaggedPlan, scale: float) -> torch.Tensor:
@@ -154,20 +166,21 @@ def cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: RaggedPlan, s
     return out[0].transpose(0, 1)
 
 
-def rotate_in_place(qkv: torch.Tensor, new: NewTokens, cache: LayerCache, first: int) -> None:
+def rotate_in_place(qkv: torch.Tensor, new: NewTokens, cache: LayerCache, first: int, queries: bool = True) -> None:
     """From row `first` on, make projected heads what attention takes, and write keys and values to the cache.
 
     Those of rows with slot -1 are not written. qkv [T, heads + 2 kv_heads, head_dim] is contiguous; head_dim is a
-    power of two. Keys and values become what the cache will give back.
+    power of two. Keys and values become what the cache will give back; without `queries` these stay as they are.
     """
     tokens, all_heads, head_dim = qkv.shape
     kv_heads = cache.key.shape[2]
+    first_head = 0 if queries else all_heads - 2 * kv_heads
     q_norm, k_norm = new.head_norms or (None, None)
-    _rotate_in_place[(tokens - first, triton.cdiv(all_heads, _HEADS))](
+    _rotate_in_place[(tokens - first, triton.cdiv(all_heads - first_head, _HEADS))](
         qkv, new.cos, new.sin, new.query_scale, q_norm, k_norm, new.key_centre, new.slots,
         cache.key, cache.value, cache.key_affine, cache.value_affine, first, new.eps,
-        HEADS=all_heads - 2 * kv_heads, KV_HEADS=kv_heads, HALF=head_dim // 2, PER_PROGRAM=_HEADS,
-        HAS_SCALE=new.query_scale is not None, HAS_NORM=new.head_norms is not None,
+        HEADS=all_heads - 2 * kv_heads, KV_HEADS=kv_heads, FIRST_HEAD=first_head, HALF=head_dim // 2,
+        PER_PROGRAM=_HEADS, HAS_SCALE=new.query_scale is not None, HAS_NORM=new.head_norms is not None,
         HAS_CENTRE=new.key_centre is not None, QUANTIZED=cache.key_affine is not None, num_warps=4, **options(qkv),
     )  # fmt: skip
 
@@ -176,15 +189,15 @@ def rotate_in_place(qkv: torch.Tensor, new: NewTokens, cache: LayerCache, first:
 def _rotate_in_place(
     qkv_ptr, cos_ptr, sin_ptr, query_scale_ptr, q_norm_ptr, k_norm_ptr, centre_ptr, slots_ptr,
     key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, first, eps,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, PER_PROGRAM: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_CENTRE: tl.constexpr, QUANTIZED: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, FIRST_HEAD: tl.constexpr, HALF: tl.constexpr,
+    PER_PROGRAM: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_CENTRE: tl.constexpr,
+    QUANTIZED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     # A thread holds both partners of a rotation, so that it may overwrite them without waiting for another.
     start_after_previous(OVERLAP)
     DIM: tl.constexpr = 2 * HALF
     token = (tl.program_id(0) + first).to(tl.int64)
-    head = tl.program_id(1) * PER_PROGRAM + tl.arange(0, PER_PROGRAM)[:, None]
+    head = FIRST_HEAD + tl.program_id(1) * PER_PROGRAM + tl.arange(0, PER_PROGRAM)[:, None]
     d = tl.arange(0, HALF)[None, :]
     dtype = qkv_ptr.dtype.element_ty
     inside = head < HEADS + 2 * KV_HEADS
