@@ -62,7 +62,7 @@ PAUSE = 0.15  # seconds between prompts, as a card that is never idle runs at a 
 
 
 def check_text() -> Figures:
-    """Greedy answers of tiny float32 models: alone on the CPU, and all together on the device."""
+    """Greedy answers of tiny float32 models, half of them with penalties: alone on the CPU, together on the device."""
     same: Figures = {}
     for name in ("Qwen-7B", "Qwen2.5-7B", "Qwen3-8B"):
         torch.manual_seed(1)
@@ -71,11 +71,13 @@ def check_text() -> Figures:
         prompts = [prompt(n, config, n) for n in (3, 17, 70, 150, 33, 9)]
         sizes: Any = {"kv_cache": "fp32", "block_size": BLOCK_SIZE, "max_model_len": 256}
         alone = LLM.from_parts(model, config, None, num_blocks=32, max_num_seqs=1, **sizes)
-        expected = [alone.generate(p, greedy(40))[0].token_ids for p in prompts]
+        penalties: Figures = {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.2}
+        params = [replace(greedy(40), **(penalties if i % 2 else {})) for i in range(len(prompts))]
+        expected = [alone.generate(p, wanted)[0].token_ids for p, wanted in zip(prompts, params, strict=True)]
         together = LLM.from_parts(
             model.to(DEVICE), config, None, device=DEVICE, num_blocks=24, max_num_seqs=4, max_batched_tokens=64, **sizes
         )
-        got = [output.token_ids for output in together.generate(prompts, greedy(40))]
+        got = [output.token_ids for output in together.generate(prompts, params)]
         same[name] = sum(a == b for a, b in zip(got, expected, strict=True)) / len(prompts)
     return same
 
