@@ -49,7 +49,7 @@ class Engine:
 
     `max_model_len` (prompt + answer; by default the model's context) is cut to what `cache` holds. Without a tokenizer
     there is no text, no end of sequence, and every row of the head can be drawn. `lookahead` (default: on a GPU): read
-    a step's tokens after the next one is launched; a step in which a penalty needs them is read at once.
+    a step's tokens after the next one is launched.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class Engine:
         """Schedule, run, sample: one token more for each answer that is past its prompt; with lookahead a step late."""
         self._expire()
         deltas: list[Delta] = []
-        while self._flights and (len(self._flights) > self._ahead or self._next_needs_tokens()):
+        while len(self._flights) > self._ahead:
             deltas += self._read()
         batch = self.scheduler.schedule()
         fits = self._launch(batch) if batch else True
@@ -188,10 +188,6 @@ class Engine:
         if not self.has_work:
             self._flights.clear()  # a step beyond the end of every answer: nobody waits for it
         return deltas
-
-    def _next_needs_tokens(self) -> bool:
-        """Whether a request waits for the value of a token under way before its next one can be chosen."""
-        return any(request.pending and request.needs_tokens for request in self.scheduler.running)
 
     def _launch(self, batch: list[Request]) -> bool:
         """Start the step; False where the device has no memory for it."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qwenfit.engine.sampler import tensor_of, to_device
+from qwenfit.engine.copies import tensor_of, to_device
 from qwenfit.kernels.triton.ragged import RaggedPlan
 from qwenfit.model.kv_cache import KVCache
 from qwenfit.model.prefill import run_layers

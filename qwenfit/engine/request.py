@@ -40,7 +40,7 @@ class Request:
     shared_blocks: int = 0  # the first of `blocks` that are known to the prefix cache
     row: int = -1  # of the tables that the runner and the sampler keep
     blocks_in_table: int = 0
-    tokens_in_table: int = 0
+    in_penalties: bool = False  # whether they keep its tokens
 
     @property
     def length(self) -> int:
@@ -50,8 +50,3 @@ class Request:
     @property
     def num_generated(self) -> int:
         return self.length - self.prompt_length
-
-    @property
-    def needs_tokens(self) -> bool:
-        """Whether the choice of its next token needs the values of all before it: none may be pending."""
-        return self.params.penalised

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 from torch import Tensor
 
+from qwenfit.engine.copies import tensor_of, to_device
 from qwenfit.engine.request import Request
-from qwenfit.engine.sampler import tensor_of, to_device
 from qwenfit.model.batch import Batch
 from qwenfit.model.kv_cache import PARITY, KVCache
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwenfit.engine.copies import to_device, to_host
 from qwenfit.engine.output import TokenLogprob
+from qwenfit.engine.penalties import Penalties
 from qwenfit.engine.request import Request
 
 _SORTED_ROWS = 16  # sorted at once: 100 MB for Qwen's vocabulary
@@ -27,7 +28,7 @@ BLOCK = 128  # divides the rows of every Qwen's head: 151,936 and 152,064
 class Sampler:
     """Draws among the `vocab_size` real tokens; the rows of the head beyond them, and `banned_ids`, never come up.
 
-    It keeps nothing of a request but a row of `max_model_len` token ids, made when a penalty first needs one.
+    It keeps nothing of a request but what its `Penalties` do.
     """
 
     def __init__(
@@ -41,8 +42,7 @@ class Sampler:
         self.vocab_size = vocab_size
         self.device = device
         self._banned = torch.tensor(banned_ids, dtype=torch.int64, device=device) if banned_ids else None
-        self._table_shape = (max_num_seqs, max_model_len)
-        self._table: Tensor | None = None  # [rows, max_model_len] int32: prompt and answer of the penalised
+        self._penalties = Penalties(max_num_seqs, max_model_len, device)
 
     @torch.inference_mode()
     def choose(self, logits: Tensor, requests: list[Request]) -> Chosen:
@@ -80,6 +80,9 @@ class Sampler:
         drawn = [i for i, request in enumerate(requests) if not request.params.greedy]
         if drawn:
             self._draw(logits, requests, drawn, ids)
+        penalised = _penalised(requests)
+        if penalised:
+            self._penalties.append(self._rows(ids, penalised))
         return ids.where(finite, -1)
 
     def _adjust(self, logits: Tensor, requests: list[Request]) -> bool:
@@ -90,56 +93,14 @@ class Sampler:
         if biased:
             rows, ids, values = zip(*biased, strict=True)
             logits[self._int(rows), self._int(ids)] += self._tensor(values, torch.float32)
-        penalised = [i for i, r in enumerate(requests) if r.params.penalised]
+        penalised = _penalised(requests)
         if penalised:
-            self._penalise(logits, [requests[i] for i in penalised], self._int(penalised))
+            self._penalties.apply(logits, penalised, [requests[i] for i in penalised])
         early = [(i, t) for i, r in enumerate(requests) if r.num_generated < r.params.min_tokens for t in r.stop_ids]
         if early:
             rows, ids = zip(*early, strict=True)
             logits[self._int(rows), self._int(ids)] = -math.inf
         return bool(biased or penalised or early)
-
-    def _penalise(self, logits: Tensor, requests: list[Request], rows: Tensor) -> None:
-        """Repetition over prompt and answer, then frequency and presence over the answer (as vLLM, OpenAI).
-
-        A token that occurs twice is read twice and written twice with the same value, so none needs to be unique.
-        """
-        seen = self._tokens_of(requests)  # [m, longest]
-        at = torch.arange(seen.shape[1], device=self.device)
-        start = self._int([r.prompt_length for r in requests])[:, None]
-        end = self._int([len(r.tokens) for r in requests])[:, None]
-        repetition, frequency, presence = self._floats(
-            requests, lambda p: p.repetition_penalty, lambda p: p.frequency_penalty, lambda p: p.presence_penalty
-        )[:, :, None]
-        row = rows[:, None]
-        if any(r.params.repetition_penalty != 1.0 for r in requests):
-            ids = seen.where(at < end, seen[:, :1])
-            values = logits[row, ids]
-            logits[row, ids] = torch.where(values > 0, values / repetition, values * repetition)
-        answering = [i for i, r in enumerate(requests) if r.num_generated]
-        if answering and any(r.params.frequency_penalty or r.params.presence_penalty for r in requests):
-            pick = self._int(answering)
-            row, seen, start, end = row[pick], seen[pick], start[pick], end[pick]
-            inside = (at >= start) & (at < end)
-            ids = seen.where(inside, seen.gather(1, start))
-            logits.index_put_((row.expand_as(ids), ids), -frequency[pick] * inside, accumulate=True)
-            logits[row, ids] = logits[row, ids] - presence[pick]
-
-    def _tokens_of(self, requests: list[Request]) -> Tensor:
-        """Prompt and answer of each request, int64 [m, longest]; what is beyond a request's own length is arbitrary."""
-        if self._table is None:
-            self._table = torch.zeros(self._table_shape, dtype=torch.int32, device=self.device)
-        new = [
-            (r.row, at, token)
-            for r in requests
-            for at, token in enumerate(r.tokens[r.tokens_in_table :], r.tokens_in_table)
-        ]
-        rows, columns, tokens = zip(*new, strict=True)
-        self._table[self._int(rows), self._int(columns)] = self._int(tokens).int()
-        for request in requests:
-            request.tokens_in_table = len(request.tokens)
-        longest = max(len(r.tokens) for r in requests)
-        return self._table[:, :longest][self._int([r.row for r in requests])].long()
 
     def _draw(self, logits: Tensor, requests: list[Request], drawn: list[int], ids: Tensor) -> None:
         """Replace `ids` at the rows `drawn` by draws; rows with a filter go through the sorted path."""
@@ -162,9 +123,9 @@ class Sampler:
                 u = self._tensor([uniform(r) for r in chosen], torch.float64)
                 ids[at] = choose(scaled, u, *knobs)
 
-    def _rows(self, logits: Tensor, rows: list[int]) -> Tensor:
-        """These rows of `logits`; all of them without a copy."""
-        return logits if len(rows) == len(logits) else logits[self._int(rows)]
+    def _rows(self, values: Tensor, rows: list[int]) -> Tensor:
+        """These rows of `values`; all of them without a copy."""
+        return values if len(rows) == len(values) else values[self._int(rows)]
 
     def _int(self, values: Sequence[int]) -> Tensor:
         return self._tensor(values, torch.int64)
@@ -210,27 +171,14 @@ class Chosen:
         return tokens, result
 
 
-def tensor_of(numbers: Sequence[int]) -> Tensor:
-    """int64 [n], three times as fast as torch.tensor."""
-    return torch.frombuffer(array("q", numbers), dtype=torch.int64)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on `device`; the host does not wait for the copy."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def to_host(tensor: Tensor) -> Tensor:
-    """On the CPU, once the device has come so far; a CPU tensor itself."""
-    if not tensor.is_cuda:
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-
-
 def _adjusts(request: Request) -> bool:
     """Whether the request's logits are changed before the choice."""
     params = request.params
     return bool(params.logit_bias or params.penalised or request.num_generated < params.min_tokens)
+
+
+def _penalised(requests: list[Request]) -> list[int]:
+    return [i for i, request in enumerate(requests) if request.params.penalised]
 
 
 def row_max(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -134,7 +134,7 @@ class Scheduler:
         if request.stats.preemptions == 0:
             request.stats.cached_tokens = request.computed
         request.row = self._rows.pop()
-        request.blocks_in_table = request.tokens_in_table = 0
+        request.blocks_in_table, request.in_penalties = 0, False
         request.running = True
         self.running.append(self.waiting.popleft())
         return True

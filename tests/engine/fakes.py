@@ -5,10 +5,14 @@ A wrong block, slot, position or alpha anywhere in a sequence's past gives a wro
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from qwenfit.config import ModelConfig
 from qwenfit.engine.engine import Engine
+from qwenfit.engine.params import SamplingParams
 
 BUCKETS = 997
 ROWS = 64  # of the head
@@ -88,13 +92,27 @@ def history_buckets(tokens: torch.Tensor, positions: torch.Tensor, alphas: torch
     return terms.cumsum(0) % BUCKETS
 
 
-def continue_alone(model: FakeModel, config: ModelConfig, prompt: list[int], count: int) -> list[int]:
-    """The greedy answer of `count` tokens, without any engine."""
+def penalise(logits: torch.Tensor, prompt: list[int], answer: list[int], params: SamplingParams) -> torch.Tensor:
+    """Logits [vocab] as transformers' repetition penalty and OpenAI's formula for the other two change them."""
+    seen = torch.tensor([[*prompt, *answer]])
+    out = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(seen, logits[None].clone())[0]
+    for token, count in Counter(answer).items():
+        out[token] -= params.frequency_penalty * count + params.presence_penalty
+    return out
+
+
+def continue_alone(
+    model: FakeModel, config: ModelConfig, prompt: list[int], count: int, params: SamplingParams | None = None
+) -> list[int]:
+    """The greedy answer of `count` tokens with the penalties of `params`, without any engine."""
     tokens = list(prompt)
     alpha = torch.tensor(int(config.ntk_alpha(len(prompt))))
     for _ in range(count):
         bucket = history_buckets(torch.tensor(tokens), torch.arange(len(tokens)), alpha.expand(len(tokens)))[-1]
-        tokens.append(int(model.table[bucket, :WORDS].argmax()))
+        logits = model.table[bucket, :WORDS]
+        if params is not None and params.penalised:
+            logits = penalise(logits, prompt, tokens[len(prompt) :], params)
+        tokens.append(int(logits.argmax()))
     return tokens[len(prompt) :]
 
 

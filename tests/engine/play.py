@@ -21,6 +21,13 @@ prompts = st.builds(
     st.sampled_from(BEGINNINGS),
     st.lists(st.integers(0, 48), max_size=24),
 )
+KNOBS = [
+    {},
+    {},
+    {"repetition_penalty": 1.3},
+    {"frequency_penalty": 0.4, "presence_penalty": -0.7},
+    {"repetition_penalty": 0.8, "frequency_penalty": 1.5},
+]
 arrivals = st.fixed_dictionaries(
     {
         "prompt": prompts,
@@ -29,6 +36,7 @@ arrivals = st.fixed_dictionaries(
         "cancel": st.none() | st.none() | st.integers(0, 25),
         "salt": st.sampled_from(["", "", "tenant"]),
         "n": st.sampled_from([1, 1, 1, 2]),
+        "knobs": st.sampled_from(KNOBS),
     }
 )
 
@@ -54,6 +62,11 @@ run_settings = settings(
 )
 
 
+def params_of(request: dict) -> SamplingParams:
+    knobs = {"temperature": 0, **request["knobs"]}
+    return SamplingParams(max_tokens=request["count"], n=request["n"], ignore_eos=True, **knobs)
+
+
 def drive(engine: Engine, requests: list[dict], seen: Counter) -> list[tuple[dict, list]]:
     """Play the arrivals and cancels; each request with its answers' deltas."""
     ids: dict[int, int] = {}
@@ -62,8 +75,7 @@ def drive(engine: Engine, requests: list[dict], seen: Counter) -> list[tuple[dic
     while len(ids) < len(requests) or engine.has_work:
         for i, request in enumerate(requests):
             if request["step"] == step:
-                params = SamplingParams(max_tokens=request["count"], temperature=0, ignore_eos=True, n=request["n"])
-                ids[i] = engine.add(request["prompt"], params, cache_salt=request["salt"])
+                ids[i] = engine.add(request["prompt"], params_of(request), cache_salt=request["salt"])
             if request["cancel"] == step and i in ids:
                 engine.abort(ids[i])
         for delta in engine.step():
@@ -86,13 +98,16 @@ def check_blocks(engine: Engine) -> None:
 
 
 def check_answers(outcome: list[tuple[dict, list]], expected, seen: Counter) -> None:
+    """Each answer is `expected(prompt, params, index)`, or its beginning where it was cancelled."""
     for request, answers in outcome:
-        for deltas in answers:
+        params = params_of(request)
+        for index, deltas in enumerate(answers):
             tokens, last = tokens_of(deltas), deltas[-1]
-            whole = expected(request["prompt"], request["count"])
+            whole = expected(request["prompt"], params, index)
             assert all(delta.finish_reason is None for delta in deltas[:-1])
             assert last.stats.completion_tokens == len(tokens)
             seen[last.finish_reason] += 1
+            seen["penalised and preempted"] += params.penalised and last.stats.preemptions > 0
             seen["cached"] += last.stats.cached_tokens > 0
             if last.finish_reason == "abort":
                 assert tokens == whole[: len(tokens)] and len(tokens) < len(whole)
@@ -106,6 +121,7 @@ def assert_everything_happened(seen: Counter) -> None:
     print(dict(seen))
     cases = seen["cases"]
     assert seen["preemptions"] > cases / 10
+    assert seen["penalised and preempted"] > cases / 20
     assert seen["cached"] > cases / 10
     assert seen["abort"] > cases / 10
     assert seen["length"] > cases

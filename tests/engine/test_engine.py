@@ -24,6 +24,7 @@ from fakes import (
 
 from qwenfit.engine.engine import QueueFull
 from qwenfit.engine.params import SamplingParams
+from qwenfit.engine.sampler import Chosen
 from qwenfit.errors import DoesNotFit, UsageError
 
 
@@ -179,19 +180,21 @@ def test_answers_do_not_depend_on_when_tokens_are_read(monkeypatch):
     assert outcomes[0] == outcomes[1]
 
 
-def test_the_host_reads_a_step_while_the_next_one_is_under_way(lookahead):
+PENALTIES = [{}, {"repetition_penalty": 1.1}, {"presence_penalty": 0.1, "frequency_penalty": 0.2}]
+
+
+@pytest.mark.parametrize("penalties", PENALTIES)
+def test_the_host_reads_a_step_while_the_next_one_is_under_way(lookahead, penalties, monkeypatch):
     engine = fake_engine()
-    engine.add([1, 2, 3], greedy(5))
-    counts = engine.runner.model.token_counts
-    assert len(engine.step()) == (0 if lookahead else 1) and len(counts) == 1
-    assert len(engine.step()) == 1 and len(counts) == 2
+    events = []
+    forward, read = FakeModel.forward, Chosen.read
+    monkeypatch.setattr(FakeModel, "forward", lambda *args: events.append("launch") or forward(*args))
+    monkeypatch.setattr(Chosen, "read", lambda chosen: events.append("read") or read(chosen))
+    engine.add([1, 2, 3], greedy(5, **penalties))
+    assert len(engine.step()) == (0 if lookahead else 1)
     run_to_end(engine)
-    assert len(counts) == 5  # the length is known beforehand: nothing is computed beyond it
-    engine.add([1, 2], greedy(5, presence_penalty=0.1))
-    for tokens in (0, 1, 1) if lookahead else (1, 1, 1):  # each step needs the token before it
-        assert len(engine.step()) == tokens and len(engine._flights) == lookahead
-    run_to_end(engine)
-    assert len(counts) == 10
+    # Five each: the length is known beforehand, and nothing is computed beyond it.
+    assert events == (["launch", *["launch", "read"] * 4, "read"] if lookahead else ["launch", "read"] * 5)
     assert_empty(engine)
 
 
@@ -252,11 +255,12 @@ def test_the_queue_has_an_end():
     assert len(run_to_end(engine)) == 3
 
 
-def test_logits_that_are_not_finite_end_only_their_own_request():
+@pytest.mark.parametrize("penalties", PENALTIES)
+def test_logits_that_are_not_finite_end_only_their_own_request(penalties):
     model, config = FakeModel(poison=13), tiny_config()
     engine = fake_engine(model=model, config=config)
-    good = engine.add([1, 2, 3], greedy(10, logit_bias={13: -100}))
-    bad = engine.add([1, 2, 13, 4, 5, 6, 7, 8, 9], greedy(10, n=2))
+    good = engine.add([1, 2, 3], greedy(10, logit_bias={13: -100}, **penalties))
+    bad = engine.add([1, 2, 13, 4, 5, 6, 7, 8, 9], greedy(10, n=2, **penalties))
     made = run_to_end(engine)
     for index in range(2):
         (last,) = made[bad, index]
@@ -292,6 +296,30 @@ def test_an_interrupted_step_can_be_taken_again(at):
         made += engine.step()
     assert not engine.has_work and {d.request_id for d in made} == {request_id}
     assert tokens_of(made) == continue_alone(model, config, prompt, 8)
+
+
+def test_a_step_interrupted_after_its_choice_chooses_the_same_again(monkeypatch):
+    """Nor does what it chose the first time count as said, beside an answer that is longer."""
+    outcomes = []
+    for interrupted in (False, True):
+        engine = fake_engine()
+        for prompt in (list(range(20)), [1, 2]):
+            engine.add(prompt, greedy(8, frequency_penalty=2.0, repetition_penalty=2.0))
+        made = engine.step() + engine.step()
+        if interrupted:
+            choose = engine.sampler.choose
+
+            def choose_and_stop(*args, choose=choose):
+                choose(*args)
+                raise KeyboardInterrupt
+
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(engine.sampler, "choose", choose_and_stop)
+                engine.step()
+        while engine.has_work:
+            made += engine.step()
+        outcomes.append([(d.request_id, d.token_ids) for d in made])
+    assert outcomes[0] == outcomes[1]
 
 
 def test_end_of_sequence_and_stop_tokens():
@@ -361,7 +389,8 @@ def test_memory_after_a_thousand_requests_is_that_after_ten():
         for i in range(count):
             length = int(torch.randint(1, 30, (1,), generator=generator))
             prompt = torch.randint(0, WORDS, (length,), generator=generator)
-            params = SamplingParams(max_tokens=6, n=1 + i % 2, presence_penalty=0.1, stop="abc", logprobs=i % 3)
+            penalties = PENALTIES[i % 3]
+            params = SamplingParams(max_tokens=6, n=1 + i % 2, stop="abc", logprobs=i % 3, **penalties)
             request_id = engine.add(prompt.tolist(), params, deadline=1000.0, cache_salt=str(i))
             if i % 7 == 0:
                 engine.step()
@@ -373,14 +402,19 @@ def test_memory_after_a_thousand_requests_is_that_after_ten():
         assert_empty(engine)
         gc.collect()
 
+    def tensors() -> int:
+        return sum(o.untyped_storage().nbytes() for o in gc.get_objects() if type(o) is torch.Tensor)
+
     serve(60, seed=0)  # fills the prefix cache
     tracemalloc.start()
     serve(10, seed=1)
+    in_tensors = tensors()
     after_ten, objects = tracemalloc.get_traced_memory()[0], len(gc.get_objects())
     serve(990, seed=2)
     grown, more = tracemalloc.get_traced_memory()[0] - after_ten, len(gc.get_objects()) - objects
     tracemalloc.stop()
     print(f"after 1000 requests, more than after 10: {grown} bytes, {more} objects")
+    assert tensors() == in_tensors > 0
     # Interned floats and free lists settle at some 60 kB; a kilobyte a request, and it would be a megabyte.
     assert grown < 100_000
     assert more < 20

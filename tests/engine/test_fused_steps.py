@@ -57,7 +57,7 @@ def test_answers_are_those_of_the_plain_network(gpu):
     params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
     ids = [engine.add(prompt, params) for prompt in prompts]
     made = run_to_end(engine)
-    assert [tokens_of(made[i, 0]) for i in ids] == [network_alone(prompt, 3) for prompt in prompts]
+    assert [tokens_of(made[i, 0]) for i in ids] == [network_alone(prompt, params) for prompt in prompts]
     assert sum(graph.replays for _, graph in engine.runner._graphs._recorded.values()) > 0
     assert_empty(engine)
 
@@ -78,6 +78,6 @@ def test_a_prompt_that_comes_alone_is_padded_and_replayed(gpu, monkeypatch):
     for prompt in ([7, 3, 1], [1, 2, 3, 4, 5, 6], [9, 8], [3, 9, 27, 1, 4, 1, 5], [5, 5, 5, 1], list(range(9))):
         request = engine.add(prompt, params)
         made = run_to_end(engine)
-        assert tokens_of(made[request, 0]) == network_alone(prompt, 3)
+        assert tokens_of(made[request, 0]) == network_alone(prompt, params)
     assert replays == [4, 8]  # the last prompt is longer than any
     assert_empty(engine)

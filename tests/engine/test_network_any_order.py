@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
-from fakes import assert_empty, tiny_config
+from fakes import assert_empty, penalise, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from play import CASES, arrivals, assert_everything_happened, check_answers, drive, run_settings, sizes
 
 from qwenfit.engine.engine import Engine
+from qwenfit.engine.params import SamplingParams
 from qwenfit.model.batch import Chunk, make_batch
 from qwenfit.model.kv_cache import KVCache
 from qwenfit.model.transformer import Transformer
@@ -38,23 +39,25 @@ def real_engine(model, config, *, num_blocks, block_size, **options) -> Engine:
 
 
 NETWORK = tiny_transformer()
-ALONE: dict[tuple[int, ...], list[int]] = {}
+ALONE: dict[tuple, list[int]] = {}
 
 
 @torch.inference_mode()
-def network_alone(prompt: list[int], count: int) -> list[int]:
+def network_alone(prompt: list[int], params: SamplingParams, _=0) -> list[int]:
     """The network's greedy answer, the prompt whole, in one block of a cache of its own, without the engine."""
     model, config = NETWORK
-    answer = ALONE.setdefault(tuple(prompt), [])
+    penalties = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
+    answer = ALONE.setdefault((*prompt, penalties), [])
     if not answer:
         cache = KVCache(config, 1, 256, "fp32")
         new, alpha = list(prompt), config.ntk_alpha(len(prompt))
         while len(answer) < 20:
             cached = len(prompt) + len(answer) - len(new)
             batch = make_batch([Chunk(new, cached, [0], alpha)], 256)
-            new = [int(model.logits(model.forward(batch, cache)[-1:]).argmax())]
+            logits = model.logits(model.forward(batch, cache)[-1:])[0]
+            new = [int(penalise(logits, prompt, answer, params).argmax())]
             answer += new
-    return answer[:count]
+    return answer[: params.max_tokens]
 
 
 @settings(run_settings, max_examples=max(CASES // 5, 10))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -138,7 +139,7 @@ def test_penalties_of_a_batch_do_not_mix():
     ]
     alone = torch.cat([adjusted(logits[i : i + 1], r) for i, r in enumerate(requests)])
     for r in requests:
-        r.tokens_in_table = 0
+        r.in_penalties = False
     torch.testing.assert_close(adjusted(logits, *requests), alone)
     assert torch.equal(alone[1:3], logits[1:3])
     assert alone[3, 0] == pytest.approx(float(logits[3, 0]) + 4 + 2)
@@ -155,6 +156,58 @@ def test_penalties_follow_the_answer_as_it_grows():
         made.append(token)
     assert made == [0, 1, 0, 1, 2, 0] or made == [0, 1, 0, 1, 0, 2]
     assert made.count(0) == 3 and made.count(2) == 1
+
+
+class Launches(TorchDispatchMode):
+    """The names of the operations on tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def launches(chooser: Sampler, *requests: Request) -> list[str]:
+    with Launches() as seen:
+        chooser.choose(torch.zeros(len(requests), VOCAB), list(requests))
+    return seen.names
+
+
+def test_penalties_never_ask_the_device_for_a_value_and_cost_the_others_nothing():
+    chooser = sampler()
+    plain = [request(SamplingParams(temperature=0), row=0), request(SamplingParams(seed=1), row=1)]
+    before = launches(chooser, *plain)
+    penalties = {"repetition_penalty": 1.1, "frequency_penalty": 0.5, "presence_penalty": 0.5}
+    penalised = request(SamplingParams(temperature=0, **penalties), row=2)
+    first = launches(chooser, penalised, *plain)
+    penalised.pending = 1
+    second = launches(chooser, penalised, *plain)
+    for name in ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "_unique2", "equal"):
+        assert name not in first + second
+    assert "scatter_add_" in second
+    assert launches(chooser, *plain) == before
+
+
+def test_a_token_that_the_host_has_not_read_is_penalised():
+    generator = torch.Generator().manual_seed(9)
+    logits = torch.randn(2, 2, VOCAB, generator=generator)
+    params = SamplingParams(temperature=0, repetition_penalty=1.5, frequency_penalty=0.5, presence_penalty=0.5)
+    chooser = sampler()
+    ahead = [request(params, row=1), request(params, row=0, prompt=[4], answer=[])]
+    first = chooser.choose(logits[0].clone(), ahead).tokens
+    for r in ahead:
+        r.pending = 1
+    known = [
+        request(params, answer=[*ANSWER, int(first[0])]),
+        request(params, prompt=[4], answer=[int(first[1])], row=1),
+    ]
+    out = logits[1].clone()
+    chooser._adjust(out, ahead)
+    assert torch.equal(out, adjusted(logits[1], *known))
+    assert not torch.equal(out, adjusted(logits[1], request(params), request(params, prompt=[4], answer=[], row=1)))
 
 
 def test_no_stop_before_min_tokens():
@@ -215,7 +268,7 @@ def test_a_seed_gives_the_same_draw_alone_and_in_a_batch():
     ]
     together, _ = sampler().choose(logits.clone(), requests).read()
     for r in requests:
-        r.tokens_in_table = 0
+        r.in_penalties = False
     assert together == [sampler().choose(logits[i : i + 1].clone(), [r]).read()[0][0] for i, r in enumerate(requests)]
 
 
