@@ -21,11 +21,17 @@ TIMEOUT_S = 3.0  # per answer: without a network a person hears of it within sec
 
 
 def cached_snapshot(repo_id: str) -> Path | None:
-    """The folder of the local Hugging Face cache that holds this model's config.json, or None."""
+    """The folder of the local Hugging Face cache that holds this model's config.json or its .gguf files, or None."""
     hub = _library()
-    with _as_qwenfit_errors(repo_id):
+    with _as_qwenfit_errors(repo_id) as errors:
         cached = hub.try_to_load_from_cache(repo_id, "config.json")
-    return Path(cached).parent if isinstance(cached, str) else None
+        if isinstance(cached, str):
+            return Path(cached).parent
+        try:
+            folder = Path(hub.snapshot_download(repo_id, local_files_only=True))
+        except errors.LocalEntryNotFoundError:
+            return None
+    return folder if any(folder.glob("*.gguf")) else None
 
 
 def fetch_config(repo_id: str) -> dict[str, Any]:
@@ -86,7 +92,7 @@ def _as_qwenfit_errors(repo_id: str) -> Iterator[Any]:
     except errors.OfflineModeIsEnabled:
         raise _offline(repo_id, "HF_HUB_OFFLINE is set") from None
     except errors.EntryNotFoundError:
-        way = f"A GGUF repository? qwenfit pull {repo_id} --file '*q4_k_m*.gguf', then name the file that it prints."
+        way = f"A GGUF repository? qwenfit pull {repo_id} --file '*q4_k_m*.gguf'"
         raise NotFound(f"{repo_id} has no config.json on the Hub.", way) from None
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "an error")

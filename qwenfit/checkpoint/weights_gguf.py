@@ -1,4 +1,7 @@
-"""The tensors of a GGUF file, dequantised by the `gguf` package a block of rows at a time."""
+"""The tensors of a GGUF file, dequantised a block of rows at a time.
+
+The common types by gguf_blocks.c, the others, and all where there is no C compiler, by the `gguf` package.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from qwenfit.checkpoint.headers_gguf import GGML_TYPES
 from qwenfit.checkpoint.reading import read_exactly, read_plain_rows, scratch
 from qwenfit.config import TensorInfo
 from qwenfit.errors import missing_extra
+from qwenfit.kernels import gguf_blocks, native
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What gguf.quants can dequantise (gguf 0.19); integers, F64 and Q8_K never hold weights.
@@ -20,7 +24,7 @@ QUANTIZED = frozenset({
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0", "MXFP4",
     "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M", "IQ4_NL", "IQ4_XS",
 })  # fmt: skip
-# Dequantised at once: the float32 copies that the package makes stay in the caches.
+# Dequantised at once: the file's bytes, and the float32 copies that the package makes, stay in the caches.
 BLOCK_ELEMENTS = 1 << 18
 _BLOCKS = {name: (number, elements, nbytes) for number, (name, elements, nbytes) in GGML_TYPES.items()}
 
@@ -36,7 +40,9 @@ class GGUFSource:
         stored = sorted(tensors, key=lambda tensor: tensor.offset)
         self.tensors = {tensor.name: tensor for tensor in stored}
         self._file = io.FileIO(path)
-        self._gguf = _package() if any(tensor.dtype in QUANTIZED for tensor in stored) else None
+        quantized = {tensor.dtype for tensor in stored} & QUANTIZED
+        self._native = gguf_blocks.TYPES if quantized and gguf_blocks.usable() else frozenset()
+        self._gguf = _package() if quantized - self._native else None
 
     def dtype_of(self, name: str) -> torch.dtype:
         return PLAIN.get(self.tensors[name].dtype, torch.float32)
@@ -55,15 +61,27 @@ class GGUFSource:
         if info.dtype in PLAIN:
             read_plain_rows(self._file, offset, PLAIN[info.dtype], out)
             return
-        assert self._gguf is not None
-        kind = self._gguf.GGMLQuantizationType(number)
         step = max(1, BLOCK_ELEMENTS // width)
         for row in range(0, out.shape[0], step):
             target = out[row : row + step]
             raw = scratch("stored", target.shape[0] * row_bytes)
             read_exactly(self._file, offset + row * row_bytes, raw)
-            values = self._gguf.quants.dequantize(raw.numpy()[None], kind)  # one long row: the package loops over rows
-            target.copy_(torch.from_numpy(values).view(target.shape))
+            if info.dtype in self._native:
+                _dequantise(number, raw, block_bytes, block_elements, target)
+            else:
+                assert self._gguf is not None
+                kind = self._gguf.GGMLQuantizationType(number)
+                values = self._gguf.quants.dequantize(raw.numpy()[None], kind)  # one long row: it loops over rows
+                target.copy_(torch.from_numpy(values).view(target.shape))
+
+
+def _dequantise(number: int, raw: torch.Tensor, block_bytes: int, block_elements: int, out: torch.Tensor) -> None:
+    """Into `out` itself where gguf_blocks.c can write that, else by way of float32."""
+    direct = out.device.type == "cpu" and out.dtype in native.DTYPES and out.is_contiguous()
+    values = out if direct else scratch("values", 4 * out.numel()).view(torch.float32).view(out.shape)
+    gguf_blocks.dequantise(number, raw, block_bytes, block_elements, values)
+    if not direct:
+        out.copy_(values)
 
 
 def _package() -> ModuleType:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 HELP = """\
 /set [NAME VALUE]   show or change a sampling parameter (temperature, top_p, max_tokens, ...)
-/system [TEXT]      show or change the system message
+/system [TEXT]      show or change the system message; /system default takes the model's own again
 /stats              speed of the last answer, and memory against the plan
 /regen              answer the last question again
 /clear              forget the conversation
@@ -139,7 +139,7 @@ def command(text: str, llm: LLM, made: Plan, talk: Conversation, write: Write) -
     elif name == "set":
         write(_set(rest, llm, talk) + "\n")
     elif name == "system":
-        talk.system = rest or talk.system
+        talk.system = None if rest == "default" else rest or talk.system
         write(f"system: {talk.system or 'the default of the model'}\n")
     elif name == "stats":
         write(stats_text(llm, made, talk) + "\n")

@@ -88,7 +88,7 @@ def _torch_checks() -> list[Check]:
         status = "note" if "missing" in choice.reason else "ok"
         fix = "apt-get install gcc" if status == "note" and device == "cpu" else ""
         checks.append(Check("kernel", status, f"{weight} {what}: {choice.name} ({choice.reason})", fix))
-    return [*checks, *(_gpu_block_checks() if on_gpu else [*_cpu_block_checks(), _huge_pages()])]
+    return [*checks, *(_gpu_block_checks() if on_gpu else [*_cpu_block_checks(), _huge_pages()]), _gguf_check()]
 
 
 def _cpu_block_checks() -> list[Check]:
@@ -125,6 +125,18 @@ def _huge_pages() -> Check:
     return Check(
         "memory", "note", f"huge pages: {found or 'none here'}, so weights load in pages of 4 KiB, slower", fix
     )
+
+
+def _gguf_check() -> Check:
+    from qwenfit.kernels import gguf_blocks, native
+
+    what = "dequantising GGUF at load"
+    if gguf_blocks.usable():
+        return Check(
+            "kernel", "ok", f"{what}: native for {', '.join(sorted(gguf_blocks.TYPES))}; else the gguf package"
+        )
+    why = native.why_not() or "they did not compile"
+    return Check("kernel", "note", f"{what}: the gguf package, slow ({why})", "apt-get install gcc")
 
 
 def _gpu_block_checks() -> list[Check]:

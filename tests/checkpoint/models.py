@@ -54,6 +54,66 @@ def write_model(folder: Path, config: dict, tensors: dict, shards: int = 1) -> P
     return folder
 
 
+def gguf_writer(path: Path, config: dict):
+    """(a GGUF writer with the metadata of a config.json, without a vocabulary, and the names that tensors have)."""
+    import gguf
+
+    arch = config["model_type"]
+    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(layers)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.get("num_key_value_heads", heads))
+    writer.add_rope_freq_base(config.get("rope_theta") or config["rotary_emb_base"])
+    writer.add_layer_norm_rms_eps(config.get("rms_norm_eps") or config["layer_norm_epsilon"])
+    if "head_dim" in config:
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
+    if scaling := config.get("rope_scaling"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(scaling["factor"])
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+    return writer, gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], layers)
+
+
+def finish_gguf(writer) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_random_gguf(path: Path, config: dict, types: list[str]) -> Path:
+    """A Qwen2 whose matrices are random bytes of the quantized types in turn, with scales that are small numbers."""
+    import gguf
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    writer, names = gguf_writer(path, config)
+    matrices = 0
+    for name, tensor in qwen2_tensors(config, torch.float32).items():
+        stored = names.get_name(name, (".weight", ".bias"))
+        if tensor.ndim == 1:
+            writer.add_tensor(stored, tensor.numpy())
+            continue
+        kind = gguf.GGMLQuantizationType[types[matrices % len(types)]]
+        elements, nbytes = gguf.GGML_QUANT_SIZES[kind]
+        blocks = rng.integers(0, 256, (tensor.numel() // elements, nbytes), dtype=np.uint8)
+        for at in HALVES[kind.name]:
+            blocks[:, at : at + 2] = np.array([0.001], np.float16).view(np.uint8)
+        writer.add_tensor(stored, blocks.reshape(tensor.shape[0], -1), raw_dtype=kind)
+        matrices += 1
+    finish_gguf(writer)
+    return path
+
+
+# Where the float16 numbers of a block lie.
+HALVES = {"Q4_0": [0], "Q5_0": [0], "Q8_0": [0], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+
+
 def qwen2_config(**changes) -> dict:
     table = {
         "architectures": ["Qwen2ForCausalLM"],

@@ -177,6 +177,10 @@ class FakeHub:
     def try_to_load_from_cache(self, repo_id: str, name: str) -> str | None:
         return str(self.cached / name) if self.cached else None
 
+    def snapshot_download(self, repo_id: str, local_files_only: bool) -> str:
+        assert local_files_only
+        raise self.errors.LocalEntryNotFoundError("nothing cached")
+
     def hf_hub_url(self, repo_id: str, name: str) -> str:
         return name
 
@@ -293,6 +297,25 @@ def test_the_real_cache_layout_is_read_offline(golden: Path, tmp_path: Path) -> 
     assert run_python(RESOLVE, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1").stdout == "3\n"
     (snapshot / "model.safetensors").unlink()  # the config alone: weights are computed
     assert run_python(RESOLVE, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1").stdout == "3\n"
+
+
+def test_a_gguf_repository_of_the_real_cache_is_known_by_its_id(tmp_path: Path) -> None:
+    """It has no config.json; with several files one has to be named."""
+    pytest.importorskip("huggingface_hub")
+    repo = tmp_path / "hub/models--some-owner--some-model"
+    snapshot = repo / "snapshots/0123456789012345678901234567890123456789"
+    for folder in (repo / "refs", repo / "blobs", snapshot):
+        folder.mkdir(parents=True)
+    (repo / "refs/main").write_text(snapshot.name)
+    (repo / "blobs/weights").write_bytes(gguf_bytes(QWEN2_GGUF, QWEN2_GGUF_TENSORS))
+    (snapshot / "README.md").touch()
+    without = run_python(RESOLVE, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1").stdout
+    assert without.startswith("4 some-owner/some-model is neither")
+    (snapshot / "a-q4_k_m.gguf").symlink_to("../../blobs/weights")
+    layers = resolve_model(snapshot / "a-q4_k_m.gguf").num_layers
+    assert run_python(RESOLVE, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1").stdout == f"{layers}\n"
+    (snapshot / "b-q8_0.gguf").symlink_to("../../blobs/weights")
+    assert "2 GGUF files" in run_python(RESOLVE, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1").stdout
 
 
 class HubServer(BaseHTTPRequestHandler):

@@ -1,17 +1,20 @@
 """Every type that a GGUF may hold is what the gguf package says; every architecture gives the golden logits."""
 
 import json
+import sys
 import warnings
 
 import pytest
 import torch
-from models import prompt_logits
+from models import finish_gguf, gguf_writer, prompt_logits
 from safetensors.torch import load_file
 
 from qwenfit.checkpoint.headers_gguf import GGML_TYPES, read_gguf_header
 from qwenfit.checkpoint.load import load_model
 from qwenfit.checkpoint.weights_gguf import PLAIN, QUANTIZED, GGUFSource
 from qwenfit.config import TensorInfo
+from qwenfit.errors import QwenfitError
+from qwenfit.kernels import gguf_blocks
 
 gguf = pytest.importorskip("gguf")
 np = pytest.importorskip("numpy")
@@ -28,59 +31,83 @@ def stored_bytes(kind, rng):
     return np.ascontiguousarray(rounded).view(np.uint8).reshape(ROWS, -1)
 
 
-@pytest.mark.parametrize("name", sorted(QUANTIZED | set(PLAIN)))
-def test_a_type_is_what_the_gguf_package_makes_of_it(tmp_path, name):
-    kind = gguf.GGMLQuantizationType[name]
+def source_of(path, name, kind, raw):
+    """A file of one tensor, x.weight, and its GGUFSource."""
     assert GGML_TYPES[kind][0] == name and GGML_TYPES[kind][1:] == gguf.GGML_QUANT_SIZES[kind]
-    raw = stored_bytes(kind, np.random.default_rng(0))
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen2")
+    writer = gguf.GGUFWriter(path, "qwen2")
     writer.add_tensor("first.weight", np.zeros(4, np.float32))  # the other does not begin the data
     writer.add_tensor("x.weight", raw, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    tensors = read_gguf_header(tmp_path / "m.gguf").tensors
-    infos = [TensorInfo(t.name, t.type_name, t.shape, t.nbytes, str(tmp_path / "m.gguf"), t.offset) for t in tensors]
-    source = GGUFSource(str(tmp_path / "m.gguf"), infos)
-    whole, part = torch.empty(ROWS, COLUMNS), torch.empty(33, COLUMNS)
+    finish_gguf(writer)
+    tensors = read_gguf_header(path).tensors
+    infos = [TensorInfo(t.name, t.type_name, t.shape, t.nbytes, str(path), t.offset) for t in tensors]
+    return GGUFSource(str(path), infos)
+
+
+def same_numbers(got, expected):
+    """Bit for bit, where they are numbers."""
+    bits = torch.int32 if got.dtype == torch.float32 else torch.int16
+    return torch.equal(got.isnan(), expected.isnan()) and torch.equal(
+        got.nan_to_num(7.0, torch.inf, -torch.inf).view(bits),
+        expected.nan_to_num(7.0, torch.inf, -torch.inf).view(bits),
+    )
+
+
+CASES = [(name, "as usual") for name in sorted(QUANTIZED | set(PLAIN))]
+CASES += [(name, "no compiler") for name in sorted(gguf_blocks.TYPES)]
+
+
+@pytest.mark.parametrize(("name", "how"), CASES)
+def test_a_type_is_what_the_gguf_package_makes_of_it(tmp_path, monkeypatch, name, how):
+    if how == "no compiler":
+        monkeypatch.setattr(gguf_blocks, "usable", lambda: False)
+    kind = gguf.GGMLQuantizationType[name]
+    raw = stored_bytes(kind, np.random.default_rng(0))
+    source = source_of(tmp_path / "m.gguf", name, kind, raw)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # random bytes are at times an infinite scale
         expected = torch.from_numpy(np.array(gguf.quants.dequantize(raw, kind), np.float32)).view(ROWS, COLUMNS)
-        source.read_rows("x.weight", 0, whole)
-        source.read_rows("x.weight", 77, part)
-    assert torch.equal(whole.nan_to_num(7.0), expected.nan_to_num(7.0))
-    assert torch.equal(part.nan_to_num(7.0), expected[77:110].nan_to_num(7.0))
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            whole, part = torch.empty(ROWS, COLUMNS, dtype=dtype), torch.empty(33, COLUMNS, dtype=dtype)
+            source.read_rows("x.weight", 0, whole)
+            source.read_rows("x.weight", 77, part)
+            assert same_numbers(whole, expected.to(dtype))
+            assert same_numbers(part, expected[77:110].to(dtype))
+        columns = torch.empty(COLUMNS, 33).T  # not contiguous
+        source.read_rows("x.weight", 77, columns)
+    assert same_numbers(columns, expected[77:110])
+
+
+@pytest.mark.parametrize("name", sorted(gguf_blocks.TYPES))
+def test_random_bytes_are_what_the_gguf_package_makes_of_them(tmp_path, name):
+    """Infinite, subnormal and negative scales, and every code."""
+    kind = gguf.GGMLQuantizationType[name]
+    elements, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(1).integers(0, 256, (ROWS, COLUMNS // elements * nbytes), dtype=np.uint8)
+    got = torch.empty(ROWS, COLUMNS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        source_of(tmp_path / "m.gguf", name, kind, raw).read_rows("x.weight", 0, got)
+        expected = torch.from_numpy(np.array(gguf.quants.dequantize(raw, kind), np.float32)).view(ROWS, COLUMNS)
+    assert same_numbers(got, expected)
+
+
+@pytest.mark.skipif(not gguf_blocks.usable(), reason="needs a C compiler")
+def test_common_types_need_no_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)  # what the import of a missing package meets
+    for name, files in (("Q4_K", "a.gguf"), ("Q8_0", "b.gguf")):
+        kind = gguf.GGMLQuantizationType[name]
+        source_of(tmp_path / files, name, kind, stored_bytes(kind, np.random.default_rng(0)))
+    kind = gguf.GGMLQuantizationType.IQ4_NL
+    with pytest.raises(QwenfitError, match="gguf"):
+        source_of(tmp_path / "c.gguf", "IQ4_NL", kind, stored_bytes(kind, np.random.default_rng(0)))
 
 
 def write_golden(path, folder):
     """A golden folder as llama.cpp's converter lays it out, in float32, without a vocabulary."""
-    config = json.loads((folder / "config.json").read_text())
-    arch = config["model_type"]
-    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], layers)
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_block_count(layers)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.get("num_key_value_heads", heads))
-    writer.add_rope_freq_base(config.get("rope_theta") or config["rotary_emb_base"])
-    writer.add_layer_norm_rms_eps(config.get("rms_norm_eps") or config["layer_norm_epsilon"])
-    if "head_dim" in config:
-        writer.add_key_length(config["head_dim"])
-        writer.add_value_length(config["head_dim"])
-    if scaling := config.get("rope_scaling"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(scaling["factor"])
-        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+    writer, names = gguf_writer(path, json.loads((folder / "config.json").read_text()))
     for name, tensor in load_file(folder / "model.safetensors").items():
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish_gguf(writer)
     return path
 
 

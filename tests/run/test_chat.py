@@ -55,6 +55,15 @@ def test_system_message_comes_first() -> None:
     assert llm.seen[0][0][0] == {"role": "system", "content": "be brief"}
 
 
+def test_the_default_system_message_comes_back() -> None:
+    """The template adds it where the conversation has none; showing the message changes nothing."""
+    llm = FakeLLM()
+    text, talk = run(llm, "/system be brief", "hi", "/system", "/system default", "and now", "/?")
+    assert [seen[0][0]["role"] for seen in llm.seen] == ["system", "user"] and talk.system is None
+    assert text.count("system: be brief") == 2 and "system: the default of the model" in text
+    assert "/system default" in text
+
+
 def test_set_changes_sampling_and_refuses_nonsense() -> None:
     llm = FakeLLM()
     text, talk = run(llm, "/set temperature 0.25", "/set temprature 1", "/set temperature -3", "/set top_k abc", "hi")
