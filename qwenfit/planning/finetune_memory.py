@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from qwenfit.config import ModelConfig, published_linears
 from qwenfit.hardware import Hardware
-from qwenfit.planning.constants import fitted, read
+from qwenfit.planning.constants import fitted, measured, read
 from qwenfit.planning.finetune_qwenfit import (
     all_layers_bytes,
     growing_gradients,
@@ -122,7 +122,8 @@ def finetune_memory(
         )
     peak = max(moments, key=lambda m: m.allocated)
     overhead = int(fitted("train_overhead_2023")) if stack.name == "transformers-4.3x" else 0
-    context = context_bytes(hardware.device)
+    cpu = hardware.device.kind == "cpu"
+    context = int(measured("qwenfit_cpu_train_process")) if cpu else context_bytes(hardware.device)
     reserve = (
         max(0, overhead - context) if overhead else int((share("train_reserve") if own else 0.02) * peak.allocated)
     )

@@ -6,6 +6,7 @@ from qwenfit.config import ModelConfig
 from qwenfit.hardware import Hardware
 from qwenfit.planning.constants import fitted, read
 from qwenfit.planning.device_speed import MEASURED_READ_SHARE, READ_SHARE, link_bandwidth, matmul_flops
+from qwenfit.planning.finetune_cpu import cpu_seconds
 from qwenfit.planning.finetune_memory import trainable
 from qwenfit.planning.finetune_qwenfit import LONG_ATTENTION, as_run, share, traffic_bytes
 from qwenfit.planning.stack import Stack
@@ -68,6 +69,8 @@ def finetune_speed(
         compute = _own_compute(config, task, matmul_flops(device, precision))
         traffic = traffic_bytes(config, task) / (device.bandwidth * share("train_traffic_share"))
         host = _own_host(config, task) * host_factor
+    elif stack.name == "qwenfit":
+        compute, traffic, host = cpu_seconds(config, task, device, precision, training_flops(config, task))
     else:
         compute = training_flops(config, task) / (matmul_flops(device, precision) * stack.train_share)
         traffic = _elementwise_bytes(config, task, stack) / device.bandwidth
@@ -76,7 +79,12 @@ def finetune_speed(
         host += config.num_layers * fitted("host_zero3_2023") * host_factor
     unpack = _dequantization_seconds(config, hardware, precision, stack)
     link = _link_seconds(config, hardware, task, precision, stack, stage)
-    micro = max(compute + traffic + unpack, host) + link if own else max(compute + traffic, host) + unpack + link
+    if own:
+        micro = max(compute + traffic + unpack, host) + link
+    elif stack.name == "qwenfit":  # nothing overlaps: the CPU is its own host
+        micro = compute + traffic + host + unpack + link
+    else:
+        micro = max(compute + traffic, host) + unpack + link
     update = _update_seconds(config, hardware, task, stage) * (share("train_update_passes") if own else 1)
     seconds = steps * micro + update
     tokens = steps * task.tokens * hardware.world_size / seconds
