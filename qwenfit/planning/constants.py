@@ -317,14 +317,14 @@ MEASURED: dict[str, Constant] = {
         ),
         Constant(
             "qwenfit_cpu_train_tiles",
-            0.45,
+            0.33,
             "of the matrix product's speed",
             "the same where AMX multiplies: operands laid out anew weigh more against fewer rows",
             _CPU_TRAIN,
         ),
         Constant(
             "qwenfit_cpu_train_traffic",
-            0.2,
+            0.25,
             "of memory bandwidth",
             "work between the products of a finetuning step, which no kernel fuses on a CPU",
             _CPU_TRAIN,

@@ -25,6 +25,16 @@ def cpu_seconds(
     )
 
 
+def update_seconds(task: Finetune, device: Device, parameters: int) -> float:
+    """An optimizer step of `parameters`: unfused too, and a number is drawn for each value that is rounded at random.
+
+    Those are the second moment, and the weight where no float32 one is kept.
+    """
+    touched, drawn = {"fp32": (40, 1), "bf16": (100, 2), "8bit": (100, 1)}[task.optimizer]
+    bandwidth = device.bandwidth * measured("qwenfit_cpu_train_traffic")
+    return parameters * (touched / bandwidth + drawn * measured("qwenfit_cpu_draw"))
+
+
 def product_flops(device: Device, precision: str) -> float:
     """FLOP/s that a step's products reach. All but fp32 multiply in bf16: int8 and int4 weights are made dense first.
 

@@ -272,10 +272,8 @@ def _at_layer(base: Memory, config: ModelConfig, task: Finetune, precision: str,
 def _at_step(base: Memory, config: ModelConfig, task: Finetune, stack: Stack, stage: int, devices: int) -> Memory:
     """The update's temporaries; ZeRO-3 updates a sub-group of parameters at a time, torch all at once."""
     parts = trainable(config, task)
-    if stack.name == "qwenfit":  # one parameter tensor at a time
-        return replace(
-            base, workspace=base.workspace + 8 * config.embedding_parameters * (parts.tables + parts.whole > 0)
-        )
+    if stack.name == "qwenfit":  # on a CPU, a group of parameters at a time
+        return replace(base, workspace=base.workspace + update_bytes(parts.total, "fp32"))
     if task.method == "full":
         own = parts.whole / (devices if stage >= 2 else 1)
         temporaries = 8 * min(own, read("zero3_sub_group")) if stack.name == "transformers-4.3x" else 8 * own

@@ -6,7 +6,7 @@ from qwenfit.config import ModelConfig
 from qwenfit.hardware import Hardware
 from qwenfit.planning.constants import fitted, read
 from qwenfit.planning.device_speed import MEASURED_READ_SHARE, READ_SHARE, link_bandwidth, matmul_flops
-from qwenfit.planning.finetune_cpu import cpu_seconds
+from qwenfit.planning.finetune_cpu import cpu_seconds, update_seconds
 from qwenfit.planning.finetune_memory import trainable
 from qwenfit.planning.finetune_qwenfit import LONG_ATTENTION, as_run, share, traffic_bytes
 from qwenfit.planning.stack import Stack
@@ -85,7 +85,8 @@ def finetune_speed(
         micro = compute + traffic + host + unpack + link
     else:
         micro = max(compute + traffic, host) + unpack + link
-    update = _update_seconds(config, hardware, task, stage) * (share("train_update_passes") if own else 1)
+    own_cpu = stack.name == "qwenfit" and not own
+    update = _update_seconds(config, hardware, task, stage, own_cpu) * (share("train_update_passes") if own else 1)
     seconds = steps * micro + update
     tokens = steps * task.tokens * hardware.world_size / seconds
     error = stack.speed_error
@@ -138,8 +139,12 @@ def _link_seconds(
     return (gradients + gathered) / link_bandwidth(hardware)
 
 
-def _update_seconds(config: ModelConfig, hardware: Hardware, task: Finetune, stage: int) -> float:
+def _update_seconds(
+    config: ModelConfig, hardware: Hardware, task: Finetune, stage: int, own_cpu: bool = False
+) -> float:
     """AdamW reads and writes weights, gradient and both moments: about 40 bytes per float32-mastered parameter."""
     share = hardware.world_size if stage >= 2 else 1
+    if own_cpu:
+        return update_seconds(task, hardware.device, trainable(config, task).total)
     per_parameter = {"fp32": 40, "bf16": 14, "8bit": 20}[task.optimizer]
     return per_parameter * trainable(config, task).total / share / hardware.device.bandwidth

@@ -54,7 +54,8 @@ def test_bf16_is_slower_than_float32_where_torch_has_a_plain_loop_for_it() -> No
 def test_a_step_has_no_term_of_a_gpu() -> None:
     made = plan("Qwen2.5-0.5B", Finetune("full"), gpu=cores("Xeon Emerald Rapids", 2))
     assert made.speed.terms["host"] == made.speed.terms["link"] == 0
-    assert made.speed.seconds_per_iter > made.speed.terms["compute"] + made.speed.terms["memory"]  # type: ignore[operator]
+    products = sum(made.speed.terms.values())
+    assert made.speed.seconds_per_iter - products > 494e6 * 12e-9  # type: ignore[operator]  # a draw for each weight
 
 
 @pytest.mark.parametrize("keep", ["inputs", "all"])
