@@ -187,8 +187,9 @@ def guide(table: str | None, as_json: bool) -> None:
     """Every table of the hardware guide, cell by cell: its figure, our prediction, and whether it can be true."""
     if as_json:
         from qwenfit.guide.cells import guide_json
+        from qwenfit.guide.render import cells_of
 
-        _print_json(guide_json())
+        _print_json(guide_json(cells_of(table)))
     else:
         from rich.console import Console
 

@@ -282,6 +282,8 @@ def bench(kind: str, model: str | None, **given: Any) -> int:
         raise UsageError("--method and the options after it belong to `bench tune`.", "qwenfit bench tune --table")
     page = {name: given.pop(name) for name in ("out", "seconds_per_row", "deadline")}
     if kind == "guide":
+        if given["as_json"]:
+            raise UsageError("bench guide tells how far it is; its record is the JSON.", "--record FOLDER, no --json")
         from qwenfit.bench.guide_verb import bench_guide
 
         return bench_guide(model, click.echo, record=given["record"], **page)

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
-from qwenfit.cli import main
+from qwenfit.cli import app, main
 
 QWEN_1 = {
     "architectures": ["QWenLMHeadModel"],
@@ -436,6 +437,14 @@ def test_this_machine_is_planned_when_no_card_is_named(cli: Cli) -> None:
     made = cli("Qwen2.5-0.5B", "--gpu", "cpu", "--json").json()
     assert made["hardware"]["usable_bytes"] <= made["hardware"]["memory_bytes"]
     assert cli("Qwen2.5-0.5B").code in (0, 3)
+
+
+def test_every_verb_takes_json() -> None:
+    verbs = app.list_commands(click.Context(app))
+    commands = [app.get_command(click.Context(app), verb) for verb in verbs]
+    assert len(commands) > 10
+    for command in commands:
+        assert command is not None and "--json" in [name for option in command.params for name in option.opts]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")

@@ -14,7 +14,7 @@ from qwenfit.errors import UsageError
 from qwenfit.guide import finetune_claims, inference_claims
 from qwenfit.guide.cards import named_cards
 from qwenfit.guide.cells import TOLERANCE, guide_cells, guide_json, readme_cells
-from qwenfit.guide.render import print_guide
+from qwenfit.guide.render import cells_of, print_guide
 from qwenfit.guide.types import AGREES, DIFFERS, IMPOSSIBLE, MEMORY, NO_WORD, OOM, S_PER_ITER, WORDS, Cell
 
 
@@ -210,8 +210,9 @@ def test_each_bound_flags_a_figure_that_breaks_it(
 
 
 def test_guide_json_is_plain_data_with_the_counts_of_its_words() -> None:
-    data = json.loads(json.dumps(guide_json(), allow_nan=False))
+    data = json.loads(json.dumps(guide_json(cells_of(None)), allow_nan=False))
     assert len(data["cells"]) == len(guide_cells())
+    assert {cell["table"] for cell in guide_json(cells_of("finetune"))["cells"]} == {"finetune"}
     assert data["counts"][IMPOSSIBLE] == sum(cell["word"] == IMPOSSIBLE for cell in data["cells"])
 
 

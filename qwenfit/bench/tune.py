@@ -80,7 +80,7 @@ def bench_cell(
     made = plan_tune(settings)
     device = "cpu" if made.hardware.device.kind == "cpu" else "cuda"
     trainee = make_trainee(settings, made.model, made.precision, device, trainee)
-    matmul = matmul_rate(device) if matmul is None else matmul
+    matmul = matmul_rate(device, made.precision) if matmul is None else matmul
     return _record(made, settings, measure(trainee, settings, steps), matmul), trainee
 
 
@@ -166,9 +166,10 @@ def _random_batch(vocab_size: int, settings: TuneConfig, generator: torch.Genera
     return TrainBatch(ids, ids.clone(), torch.arange(shape[1]).repeat(shape[0], 1), None, ["random"] * shape[0])
 
 
-def matmul_rate(device: str) -> float:
+def matmul_rate(device: str, precision: str | None = None) -> float:
     """FLOP/s of a large product in the type that training computes in, here and now: the best of 5."""
-    n, dtype = (8192, torch.bfloat16) if device == "cuda" else (512, torch.float32)
+    n = 8192 if device == "cuda" else 1024
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
     best = float("inf")
     for _ in range(6):

@@ -82,7 +82,7 @@ def run_cells(cells: list[TuneConfig], steps: int, echo: Callable[[str], None], 
     rate: float | None = None
     for cell in cells:
         if rate is None:
-            rate = matmul_rate("cpu" if run_device(cell.device).kind == "cpu" else "cuda")
+            rate = matmul_rate("cpu" if run_device(cell.device).kind == "cpu" else "cuda", cell.precision)
             echo(f"a large product reaches {rate / 1e12:.4g} TFLOP/s here")
         try:
             made, trainee = bench_cell(cell, steps, trainee, rate)

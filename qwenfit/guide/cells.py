@@ -36,9 +36,8 @@ def readme_cells() -> list[Cell]:
     return _judged(readme_claims())
 
 
-def guide_json() -> dict[str, Any]:
+def guide_json(cells: list[Cell]) -> dict[str, Any]:
     """The cells and how often each word was given, as plain data."""
-    cells = guide_cells()
     counts = {word: sum(cell.word == word for cell in cells) for word in (AGREES, DIFFERS, IMPOSSIBLE)}
     return {"schema": 1, "tolerance": TOLERANCE, "counts": counts, "cells": [asdict(cell) for cell in cells]}
 

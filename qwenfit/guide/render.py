@@ -17,15 +17,20 @@ NARROWEST = 100  # columns; a pipe has no width of its own
 STYLES = {AGREES: "green", DIFFERS: "yellow", IMPOSSIBLE: "bold red"}
 
 
-def print_guide(console: Console, table: str | None = None) -> None:
-    """Prints every table of the guide, or one ("readme" is the official README's). UsageError for an unknown name.
-
-    Without a terminal the output has no colours and no lines, and is at least 100 columns wide.
-    """
+def cells_of(table: str | None) -> list[Cell]:
+    """Every cell of the guide, or of one table ("readme" is the official README's). UsageError for an unknown name."""
     if table is not None and table not in TITLES:
         near = nearest(table, list(TITLES)) or list(TITLES)
         raise UsageError(f"The guide has no table named {table!r}.", f"Did you mean {', '.join(near)}?")
-    cells = readme_cells() if table == "readme" else [c for c in guide_cells() if table in (None, c.table)]
+    return readme_cells() if table == "readme" else [c for c in guide_cells() if table in (None, c.table)]
+
+
+def print_guide(console: Console, table: str | None = None) -> None:
+    """Prints every table of the guide, or one, as `cells_of` knows it.
+
+    Without a terminal the output has no colours and no lines, and is at least 100 columns wide.
+    """
+    cells = cells_of(table)
     groups: dict[tuple[str, str, str], list[Cell]] = {}  # by table, quantity and unit, in the guide's order
     for cell in cells:
         groups.setdefault((cell.table, cell.quantity, cell.unit), []).append(cell)

@@ -122,11 +122,11 @@ READ: dict[str, Constant] = {
         ),
         Constant(
             "cuda_context",
-            0.5 * GB,
+            0.44 * GB,
             "bytes",
             "CUDA context, kernels and libraries outside the allocator",
-            "transformers 5.17, Qwen-7B bf16 on an H100: 18.59 GB process against 17.66 GB reserved, half of it "
-            "on older cards and drivers",
+            "0.84 GB beyond what is allocated in measurements/guide-h100-*.json, 0.93 GB with transformers 5.17 on an "
+            "H100; half of it on older cards and drivers",
         ),
         Constant(
             "cpu_process",
@@ -241,6 +241,7 @@ GOALS: dict[str, Constant] = {
 _DECODE = "measurements/guide-h100-*.json, 33 runs (with guide-h200-*.json and gpu-decode-h200-4.json), bench/refit.py"
 _LIMIT = "measurements/guide-h200-*.json and gpu-decode-h200-4.json: what the shares come to there, by bench/refit.py"
 _CPU = "measurements/decode-amd-epyc-*.json and compare-amd-epyc-*.json: 0.5B to 7B on two Zen 3 cores"
+_CPU_TRAIN = "one step of LoRA on Qwen2.5-0.5B, 256 tokens, bf16 and fp32, one core of Emerald Rapids, by its profile"
 MEASURED: dict[str, Constant] = {
     c.name: c
     for c in (
@@ -298,6 +299,55 @@ MEASURED: dict[str, Constant] = {
             "of the matrix product's speed",
             "a whole prompt on a CPU against one large product",
             _CPU,
+        ),
+        Constant(
+            "qwenfit_cpu_tiles_share",
+            0.18,
+            "of peak",
+            "share of AMX's peak that torch's bf16 products reach: they lay operands out anew and fetch tiles from L2",
+            "2048^3 in 8.9 ms, 1.94 of 10.6 TFLOP/s, two quiet Emerald Rapids cores, torch 2.13 with oneDNN 3.12",
+        ),
+        Constant(
+            "qwenfit_cpu_wide_train",
+            0.1,
+            "of float32's peak",
+            "torch's bf16 products with gradients on a CPU without AVX-512, where oneDNN has none",
+            "6 to 8 GFLOP/s a core against 66 of AVX2 at 2.1 GHz: 512^3, oneDNN held to AVX2, torch 2.13",
+        ),
+        Constant(
+            "qwenfit_cpu_train_share",
+            0.8,
+            "of the matrix product's speed",
+            "products of a few hundred rows in a finetuning step on a CPU, attention and loss included",
+            _CPU_TRAIN,
+        ),
+        Constant(
+            "qwenfit_cpu_train_tiles",
+            0.33,
+            "of the matrix product's speed",
+            "the same where AMX multiplies: operands laid out anew weigh more against fewer rows",
+            _CPU_TRAIN,
+        ),
+        Constant(
+            "qwenfit_cpu_train_traffic",
+            0.25,
+            "of memory bandwidth",
+            "work between the products of a finetuning step, which no kernel fuses on a CPU",
+            _CPU_TRAIN,
+        ),
+        Constant(
+            "qwenfit_cpu_draw",
+            12e-9,
+            "s per number",
+            "torch draws dropout's numbers on a CPU in one thread",
+            "bernoulli_ of 4 M numbers in 46 to 52 ms, Emerald Rapids, torch 2.13",
+        ),
+        Constant(
+            "qwenfit_cpu_train_process",
+            0.43 * GB,
+            "bytes",
+            "a finetuning process beside its tensors: interpreter, torch, and torch._dynamo that checkpointing loads",
+            "a network of 0.2 M parameters: 0.239 GB before the first step, 0.431 after the third",
         ),
         Constant(
             "qwenfit_prompt_host",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qwenfit.errors import UsageError
 from qwenfit.hardware import Device, Hardware
-from qwenfit.planning.constants import read
+from qwenfit.planning.constants import measured, read
 from qwenfit.planning.stack import Stack
 
 # Share of the peak bandwidth that a plain read was measured to reach, by card.
@@ -31,7 +31,8 @@ def matmul_flops(device: Device, precision: str) -> float:
     wanted = {"fp32": ("fp32",), "fp16": ("fp16", "fp32"), "bf16": ("bf16", "fp16", "fp32")}
     for dtype in wanted.get(precision, ("fp16", "bf16", "fp32")):
         if dtype in device.flops:
-            return device.flops[dtype] * read("matmul_share")
+            tiles = device.kind == "cpu" and dtype == "bf16" and device.tensor_cores
+            return device.flops[dtype] * (measured("qwenfit_cpu_tiles_share") if tiles else read("matmul_share"))
     raise UsageError(f"The arithmetic speed of {device.name} is not known, so its speed cannot be planned.")
 
 

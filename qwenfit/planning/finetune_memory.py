@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from qwenfit.config import ModelConfig, published_linears
 from qwenfit.hardware import Hardware
-from qwenfit.planning.constants import fitted, read
+from qwenfit.planning.constants import fitted, measured, read
 from qwenfit.planning.finetune_qwenfit import (
     all_layers_bytes,
     growing_gradients,
@@ -122,7 +122,8 @@ def finetune_memory(
         )
     peak = max(moments, key=lambda m: m.allocated)
     overhead = int(fitted("train_overhead_2023")) if stack.name == "transformers-4.3x" else 0
-    context = context_bytes(hardware.device)
+    cpu = hardware.device.kind == "cpu"
+    context = int(measured("qwenfit_cpu_train_process")) if cpu else context_bytes(hardware.device)
     reserve = (
         max(0, overhead - context) if overhead else int((share("train_reserve") if own else 0.02) * peak.allocated)
     )
@@ -271,10 +272,8 @@ def _at_layer(base: Memory, config: ModelConfig, task: Finetune, precision: str,
 def _at_step(base: Memory, config: ModelConfig, task: Finetune, stack: Stack, stage: int, devices: int) -> Memory:
     """The update's temporaries; ZeRO-3 updates a sub-group of parameters at a time, torch all at once."""
     parts = trainable(config, task)
-    if stack.name == "qwenfit":  # one parameter tensor at a time
-        return replace(
-            base, workspace=base.workspace + 8 * config.embedding_parameters * (parts.tables + parts.whole > 0)
-        )
+    if stack.name == "qwenfit":  # on a CPU, a group of parameters at a time
+        return replace(base, workspace=base.workspace + update_bytes(parts.total, "fp32"))
     if task.method == "full":
         own = parts.whole / (devices if stage >= 2 else 1)
         temporaries = 8 * min(own, read("zero3_sub_group")) if stack.name == "transformers-4.3x" else 8 * own

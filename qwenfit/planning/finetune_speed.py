@@ -6,6 +6,7 @@ from qwenfit.config import ModelConfig
 from qwenfit.hardware import Hardware
 from qwenfit.planning.constants import fitted, read
 from qwenfit.planning.device_speed import MEASURED_READ_SHARE, READ_SHARE, link_bandwidth, matmul_flops
+from qwenfit.planning.finetune_cpu import cpu_seconds, update_seconds
 from qwenfit.planning.finetune_memory import trainable
 from qwenfit.planning.finetune_qwenfit import LONG_ATTENTION, as_run, share, traffic_bytes
 from qwenfit.planning.stack import Stack
@@ -68,6 +69,8 @@ def finetune_speed(
         compute = _own_compute(config, task, matmul_flops(device, precision))
         traffic = traffic_bytes(config, task) / (device.bandwidth * share("train_traffic_share"))
         host = _own_host(config, task) * host_factor
+    elif stack.name == "qwenfit":
+        compute, traffic, host = cpu_seconds(config, task, device, precision, training_flops(config, task))
     else:
         compute = training_flops(config, task) / (matmul_flops(device, precision) * stack.train_share)
         traffic = _elementwise_bytes(config, task, stack) / device.bandwidth
@@ -76,8 +79,14 @@ def finetune_speed(
         host += config.num_layers * fitted("host_zero3_2023") * host_factor
     unpack = _dequantization_seconds(config, hardware, precision, stack)
     link = _link_seconds(config, hardware, task, precision, stack, stage)
-    micro = max(compute + traffic + unpack, host) + link if own else max(compute + traffic, host) + unpack + link
-    update = _update_seconds(config, hardware, task, stage) * (share("train_update_passes") if own else 1)
+    if own:
+        micro = max(compute + traffic + unpack, host) + link
+    elif stack.name == "qwenfit":  # nothing overlaps: the CPU is its own host
+        micro = compute + traffic + host + unpack + link
+    else:
+        micro = max(compute + traffic, host) + unpack + link
+    own_cpu = stack.name == "qwenfit" and not own
+    update = _update_seconds(config, hardware, task, stage, own_cpu) * (share("train_update_passes") if own else 1)
     seconds = steps * micro + update
     tokens = steps * task.tokens * hardware.world_size / seconds
     error = stack.speed_error
@@ -130,8 +139,12 @@ def _link_seconds(
     return (gradients + gathered) / link_bandwidth(hardware)
 
 
-def _update_seconds(config: ModelConfig, hardware: Hardware, task: Finetune, stage: int) -> float:
+def _update_seconds(
+    config: ModelConfig, hardware: Hardware, task: Finetune, stage: int, own_cpu: bool = False
+) -> float:
     """AdamW reads and writes weights, gradient and both moments: about 40 bytes per float32-mastered parameter."""
     share = hardware.world_size if stage >= 2 else 1
+    if own_cpu:
+        return update_seconds(task, hardware.device, trainable(config, task).total)
     per_parameter = {"fp32": 40, "bf16": 14, "8bit": 20}[task.optimizer]
     return per_parameter * trainable(config, task).total / share / hardware.device.bandwidth

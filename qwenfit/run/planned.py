@@ -127,9 +127,12 @@ def load_planned(options: RunOptions, progress: Callable[[int, int], None] | Non
     """Plan, check, load. The engine's cache is what the plan says: `batch` requests of `context` tokens."""
     made = plan_run(options)
     if options.adapter is not None:
+        from qwenfit.tune.fingerprint import other_base
         from qwenfit.tune.peft_format import read_config
 
         read_config(options.adapter)  # before the weights are read
+        if has_files(made.model) and (text := other_base(options.adapter, made.model)):
+            print(text, file=sys.stderr, flush=True)
     from qwenfit.engine.llm import LLM
 
     task = made.task

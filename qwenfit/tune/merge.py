@@ -16,6 +16,7 @@ from qwenfit.checkpoint.save import new_folder, plain_entries, write_weights
 from qwenfit.checkpoint.weights import FLOAT_DTYPES, CanonicalWeights
 from qwenfit.config import ModelConfig
 from qwenfit.errors import NotFound, UsageError
+from qwenfit.tune.fingerprint import other_base
 from qwenfit.tune.model_folder import write_model_files
 from qwenfit.tune.peft_format import Adapter, read_adapter
 
@@ -76,7 +77,8 @@ def merge(
     with new_folder(Path(target)) as folder:
         layout = write_model_files(config, dtype, folder)
         write_weights(folder, plain_entries(config, dtype, _merged_rows(weights, found), layout), progress)
-    return MergeReport(Path(target), config.name, dtype, len(found.downs), _note(found, config))
+    notes = (other_base(adapter, config), _note(found, config))
+    return MergeReport(Path(target), config.name, dtype, len(found.downs), "\n".join(filter(None, notes)))
 
 
 def _named_base(adapter: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -42,7 +43,7 @@ class Progress:
         if path.exists():
             rows = [row for row in read_metrics(self.folder) if row["step"] <= step]
             aside = path.with_suffix(".tmp")
-            aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            aside.write_text("".join(json.dumps(_strict(row)) + "\n" for row in rows), encoding="utf-8")
             os.replace(aside, path)
 
     def __call__(self, row: dict[str, Any]) -> None:
@@ -55,7 +56,7 @@ class Progress:
                 "memory": self.peak,
                 "planned_memory": self.made.memory.process,
             }
-        self.file.write(json.dumps(row) + "\n")
+        self.file.write(json.dumps(_strict(row), allow_nan=False) + "\n")
         self.file.flush()
         for name, value in row.items():
             if self.board is not None and isinstance(value, int | float) and name not in ("step", "of"):
@@ -99,8 +100,13 @@ class Progress:
         if self.wandb is not None:
             self.wandb.finish()
         rows = read_metrics(self.folder)
-        lines = [[(row["step"], row[key]) for row in rows if key in row] for key in ("loss", "eval_loss")]
+        lines = [[(row["step"], row[key]) for row in rows if row.get(key) is not None] for key in ("loss", "eval_loss")]
         line_chart(self.folder / CHART_NAME, lines)
+
+
+def _strict(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with null for what is no finite number, which JSON has no word for."""
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -108,7 +114,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     rows = []
     for line in (folder / METRICS_NAME).read_text(encoding="utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
+            rows.append(json.loads(line, parse_constant=lambda _: None))  # older files say NaN
         except ValueError:
             break
     return rows
@@ -119,7 +125,7 @@ def summary(config: TuneConfig, code: int) -> dict[str, Any]:
     rows = read_metrics(Path(config.output))
     steps = [row for row in rows if "loss" in row]
     evaluations = [row["eval_loss"] for row in rows if "eval_loss" in row]
-    last = {name: v for name, v in (steps[-1] if steps else {}).items() if v == v}  # JSON has no NaN
+    last = steps[-1] if steps else {}
     result = Path(config.output) / ("model" if config.method == "full" else "adapter")
     return {
         "exit_code": code,
@@ -129,7 +135,7 @@ def summary(config: TuneConfig, code: int) -> dict[str, Any]:
         "tokens": sum(row["tokens"] for row in steps),
         "seconds": sum(row["seconds"] for row in steps),
         "eval_loss": evaluations[-1] if evaluations else None,
-        "best_eval_loss": min(evaluations, default=None),
+        "best_eval_loss": min((loss for loss in evaluations if loss is not None), default=None),
     } | {name: last.get(name) for name in ("step", "of", "loss", "memory", "planned_memory")}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from qwenfit.model.transformer import Transformer
 from qwenfit.tune import checkpoint
 from qwenfit.tune.adapters import LoRA, add_lora, freeze, train_rows, train_tables
 from qwenfit.tune.config import TuneConfig
+from qwenfit.tune.fingerprint import FIELD, fingerprint
 from qwenfit.tune.model_folder import write_model_files
 from qwenfit.tune.offload import park_embedding
 from qwenfit.tune.optimizer import AdamW
@@ -38,6 +39,7 @@ class Setup:
     precision: str
     world: World
     data: str = ""  # digest of what is trained on
+    base_weights: dict[str, Any] = field(default_factory=dict)  # the base's fingerprint, where adapters are trained
 
     @property
     def device(self) -> torch.device:
@@ -144,7 +146,8 @@ def set_up(
         set_random_states(table["random"][world.rank], world.device)
     elif world.rank:  # dropout differs between processes; what was drawn above did not
         seed(config.seed + 1_000_003 * world.rank)
-    setup = Setup(config, model, base, optimizer, state, precision, world, data)
+    known = fingerprint(base) if config.method != "full" and world.rank == 0 else {}
+    setup = Setup(config, model, base, optimizer, state, precision, world, data, known)
     _check_room(setup)
     return setup
 
@@ -182,6 +185,7 @@ def write_result(folder: Path, setup: Setup) -> None:
     config = setup.config
     if config.method != "full":
         record: dict[str, Any] = {"precision": setup.precision, "settings": config.fingerprint()}
+        record[FIELD] = setup.base_weights
         write_adapter(folder, setup.model, lora_of(config), config.model, record)
         return
     dtype = "float32" if setup.precision == "fp32" else "bfloat16"

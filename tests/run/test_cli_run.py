@@ -480,6 +480,7 @@ def test_memory_that_runs_out_is_one_sentence_and_3(tiny: Path, tmp_path: Path) 
         (("bench", "perplexity", "TINY", "--text", "none.txt"), 4, "cannot be read"),
         (("bench", "perplexity", "TINY", "--text", "TINY/model.safetensors"), 5, "UTF-8"),
         (("bench", "guide", "Qwen-9B"), 2, "no inference rows"),
+        (("bench", "guide", "--json"), 2, "its record is the JSON"),
         (("bench", "decode", "TINY", "--out", "x.md"), 2, "belong to"),
         (("bench", "perplexity", "TINY", "--profile"), 2, "no profile"),
         (("compare", "Kwen-7B"), 4, "Did you mean Qwen-7B"),

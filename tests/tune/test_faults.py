@@ -76,6 +76,9 @@ def test_a_batch_of_nan_stops_after_m_steps_names_the_samples_and_keeps_the_last
     assert found is not None and found.name == "step-00000002" and not wrong
     rows = read_metrics(base.parent / "run")
     assert [("bad" in row) for row in rows] == [False, False, True, True]
+    assert [row["loss"] is None for row in rows] == [False, False, True, True]
+    lines = (base.parent / "run" / "metrics.jsonl").read_text()
+    assert "NaN" not in lines and "Infinity" not in lines  # JSON has neither
     assert rows[2]["bad"] == [f"train.jsonl:{n}" for n in (9, 10, 11, 12)]
     model = network(base)
     load_adapter(model, model.config, found)

@@ -253,4 +253,6 @@ def test_torchrun_starts_it_in_two_processes(folder):
     assert done.returncode == 0, done.stderr[-4000:]
     assert "2 processes with shards of the network (ZeRO-3)" in done.stderr
     assert done.stderr.count("Plan: ") == done.stderr.count("8 rows, 8 samples") == 1  # rank 0 talks
+    row = read_metrics(folder / "torchrun")[-1]
+    assert row["planned_memory"] == pytest.approx(row["memory"], rel=0.15)  # a process of next to no tensors
     assert len(read_metrics(folder / "torchrun")) == 2 and (folder / "torchrun" / "adapter").is_dir()
