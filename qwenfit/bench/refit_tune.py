@@ -26,6 +26,7 @@ FREE = (
     "train_short_attention_share",
     "train_host",
     "train_host_adapters",
+    "train_host_packed",
 )
 STEPS = (1.2, 1.05, 1.01)  # factors tried on each constant, the coarse ones first
 STRAY = 0.005  # relative: what a constant's distance by a factor e from its present value costs, beside the errors

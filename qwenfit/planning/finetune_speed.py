@@ -47,7 +47,8 @@ def _own_compute(config: ModelConfig, task: Finetune, flops: float) -> float:
 def _own_host(config: ModelConfig, task: Finetune) -> float:
     """Seconds in which the host launches one pass."""
     adapters = 0.0 if task.method == "full" else share("train_host_adapters")
-    return config.num_layers * (share("train_host") + adapters)
+    packed = share("train_host_packed") if task.method == "qlora" else 0.0
+    return config.num_layers * (share("train_host") + adapters + packed)
 
 
 def finetune_speed(
