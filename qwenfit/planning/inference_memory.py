@@ -50,7 +50,7 @@ def context_bytes(device: Device) -> int:
     if device.kind == "cpu":
         return int(read("cpu_process"))
     newer = device.compute_capability is not None and device.compute_capability >= (9, 0)
-    return int(read("cuda_context")) * (2 if newer else 1)
+    return int(read("cuda_context_hopper" if newer else "cuda_context"))
 
 
 def workspace_bytes(device: Device) -> int:

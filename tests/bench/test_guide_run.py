@@ -114,7 +114,7 @@ def test_a_row_is_cut_to_its_seconds_but_for_those_that_must_be_whole(monkeypatc
 
 
 def test_a_run_that_does_not_fit_says_what_it_needs() -> None:
-    small = replace(find_device("H200"), free_bytes=10**9)
+    small = replace(find_device("H200"), free_bytes=5 * 10**8)
     made = run_guide(bench(device=small), ROWS[:1], tell=lambda text: None)
     assert made["rows"][0]["why"].startswith("does not fit") and made["rows"][0]["measured"] is None
     assert "does not fit" in page_of(made, "x") and made["figures"] == {}

@@ -90,21 +90,21 @@ def test_our_engine_decodes_on_an_h200_as_planned(run: dict[str, Any]) -> None:
     assert graph == pytest.approx(run["ms_per_step"] / 1e3, rel=slack)
 
 
-GUIDE_RUN = next((Path(__file__).parents[2] / "measurements").glob("guide-h200-*.json"))
-GUIDE_ROWS = [row for row in json.loads(GUIDE_RUN.read_text())["rows"] if row["measured"] is not None]
+GUIDE_RUNS = [json.loads(p.read_text()) for p in sorted((Path(__file__).parents[2] / "measurements").glob("guide-*"))]
+GUIDE_ROWS = [(run["hardware"], row) for run in GUIDE_RUNS for row in run["rows"] if row["measured"] is not None]
 
 
-@pytest.mark.parametrize("row", GUIDE_ROWS)
-def test_our_engine_runs_the_guides_rows_as_planned(row: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("card", "row"), GUIDE_ROWS)
+def test_our_engine_runs_the_guides_rows_as_planned(card: str, row: dict[str, Any]) -> None:
     options = {"generate": row["measured"]["generated"], "batch": row["batch"], "kv_cache": row["kv_cache"]}
-    made = plan(row["model"], gpu="H200", advise=False, precision=row["precision"], prompt=1, **options)  # type: ignore[arg-type]
+    made = plan(row["model"], gpu=card, advise=False, precision=row["precision"], prompt=1, **options)  # type: ignore[arg-type]
     assert made.speed.tokens_per_s == pytest.approx(row["measured"]["tokens_per_s"], rel=0.10)
 
 
 def test_our_engine_takes_as_long_to_the_first_token_as_planned() -> None:
-    record = json.loads((Path(__file__).parents[2] / "measurements/gpu-engine-h200-3.json").read_text())
+    record = json.loads((Path(__file__).parents[2] / "measurements/gpu-engine-h100-2.json").read_text())
     for prompt in ("512", "2048"):
-        made = plan("Qwen-7B", gpu="H200", advise=False, precision="bf16", prompt=int(prompt), generate=1)
+        made = plan("Qwen-7B", gpu="H100", advise=False, precision="bf16", prompt=int(prompt), generate=1)
         assert made.speed.time_to_first_token == pytest.approx(record["first_token"][prompt]["ms"] / 1e3, rel=0.10)
 
 
