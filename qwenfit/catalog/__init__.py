@@ -36,6 +36,11 @@ def canonical_name(name: str) -> str:
     return short
 
 
+def hub_name(name: str) -> str:
+    """With its owner, and as the Hub spells it: the first 1.8B has an underscore there."""
+    return "Qwen/" + name.replace("Qwen-1.8B", "Qwen-1_8B")
+
+
 def find_model(name: str) -> ModelConfig | None:
     """The catalog's config for a name, or None when the catalog does not have it. Raises for a mixture of experts."""
     wanted = canonical_name(name).lower()

@@ -76,7 +76,7 @@ def hub_id(name: str) -> str | None:
     if match is None or config is None:
         return None
     kind, bits = (match[2] or "").title(), (match[3] or "").upper().replace("INT", "Int")
-    return "Qwen/" + config.name.replace("Qwen-1.8B", "Qwen-1_8B") + kind + bits
+    return catalog.hub_name(config.name + kind + bits)
 
 
 def weight_bytes(config: ModelConfig) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 
-from qwenfit.catalog import canonical_name
+from qwenfit.catalog import canonical_name, hub_name
 from qwenfit.planning.stack import STACKS
 from qwenfit.planning.task import Finetune, Inference
 from qwenfit.planning.types import Plan
@@ -139,7 +139,7 @@ def _sizes(task: Finetune, length: str) -> list[str]:
 def _chat_id(plan: Plan) -> str:
     """The chat model of a Qwen-1 or 1.5, which the script trains without embedding and head."""
     chats = _named(plan) and plan.model.name.startswith(("Qwen-", "Qwen1.5-"))
-    return _owned(f"{plan.model.name}-Chat") if chats else hub_id(plan)
+    return hub_name(f"{plan.model.name}-Chat") if chats else hub_id(plan)
 
 
 def _named(plan: Plan) -> bool:
@@ -160,16 +160,11 @@ def hub_id(plan: Plan, precision: str | None = None) -> str:
     precision, name, spec = precision or plan.precision, plan.model.name, plan.spec
     if not _named(plan):
         sibling = "/" not in spec and not os.path.exists(spec)  # Qwen2.5-7B-Instruct-AWQ
-        return shlex.quote(_owned(spec) if sibling else spec)
+        return shlex.quote(hub_name(spec) if sibling else spec)
     if precision not in ("int8", "int4") or _rounds_itself(plan):
-        return _owned(name + spec.strip().split("/")[-1][len(name) :])
+        return hub_name(name + spec.strip().split("/")[-1][len(name) :])
     bits = precision.capitalize()
     if plan.model.architecture == "qwen3":
         return f"Qwen/{name}-AWQ" if precision == "int4" else f"Qwen/{name}-GPTQ-Int8"
     suffix = {"Qwen": f"-Chat-{bits}", "Qwen1.5": f"-Chat-GPTQ-{bits}"}
-    return _owned(name + suffix.get(name.split("-")[0], f"-Instruct-GPTQ-{bits}"))
-
-
-def _owned(name: str) -> str:
-    """With its owner, and as the Hub spells it: the first 1.8B has an underscore there."""
-    return "Qwen/" + name.replace("Qwen-1.8B", "Qwen-1_8B")
+    return hub_name(name + suffix.get(name.split("-")[0], f"-Instruct-GPTQ-{bits}"))

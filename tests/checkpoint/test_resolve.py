@@ -284,13 +284,19 @@ def test_without_a_network_it_says_so_within_seconds(tmp_path: Path, environment
     assert time.monotonic() - start < 10
 
 
-def test_the_real_cache_layout_is_read_offline(golden: Path, tmp_path: Path) -> None:
-    pytest.importorskip("huggingface_hub")
-    repo = tmp_path / "hub/models--some-owner--some-model"
+def cached_repository(home: Path) -> tuple[Path, Path]:
+    """The repository some-owner/some-model in the Hub's cache, still empty, and its snapshot."""
+    repo = home / "hub/models--some-owner--some-model"
     snapshot = repo / "snapshots/0123456789012345678901234567890123456789"
     for folder in (repo / "refs", repo / "blobs", snapshot):
         folder.mkdir(parents=True)
     (repo / "refs/main").write_text(snapshot.name)
+    return repo, snapshot
+
+
+def test_the_real_cache_layout_is_read_offline(golden: Path, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    repo, snapshot = cached_repository(tmp_path)
     for name in ("config.json", "model.safetensors"):
         shutil.copy(golden / "qwen1/a_ntk_logn" / name, repo / "blobs" / name)
         (snapshot / name).symlink_to(f"../../blobs/{name}")
@@ -302,11 +308,7 @@ def test_the_real_cache_layout_is_read_offline(golden: Path, tmp_path: Path) -> 
 def test_a_gguf_repository_of_the_real_cache_is_known_by_its_id(tmp_path: Path) -> None:
     """It has no config.json; with several files one has to be named."""
     pytest.importorskip("huggingface_hub")
-    repo = tmp_path / "hub/models--some-owner--some-model"
-    snapshot = repo / "snapshots/0123456789012345678901234567890123456789"
-    for folder in (repo / "refs", repo / "blobs", snapshot):
-        folder.mkdir(parents=True)
-    (repo / "refs/main").write_text(snapshot.name)
+    repo, snapshot = cached_repository(tmp_path)
     (repo / "blobs/weights").write_bytes(gguf_bytes(QWEN2_GGUF, QWEN2_GGUF_TENSORS))
     (snapshot / "README.md").touch()
     without = run_python(RESOLVE, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1").stdout
