@@ -12,7 +12,7 @@ from qwenfit.guide.accuracy import MOST_FITTED, Evidence, accuracy_is_fresh, acc
 from qwenfit.guide.cells import guide_cells, readme_cells
 from qwenfit.guide.records import measurement_rows
 from qwenfit.hardware import Hardware, find_device
-from qwenfit.planning.constants import FITTED, GOALS, MEASURED, READ
+from qwenfit.planning.constants import FITTED, MEASURED, READ
 from qwenfit.planning.finetune_qwenfit import FITTED as TRAINER
 from qwenfit.planning.inference_speed import inference_speed
 from qwenfit.planning.stack import STACKS, get_stack
@@ -86,7 +86,7 @@ def test_the_accuracy_page_is_fresh() -> None:
 
 def test_the_page_lists_every_constant_and_every_cell() -> None:
     text = accuracy_markdown()
-    assert all(f"| `{name}` |" in text for name in (*FITTED, *READ, *MEASURED, *GOALS, *TRAINER))
+    assert all(f"| `{name}` |" in text for name in (*FITTED, *READ, *MEASURED, *TRAINER))
     listed = text.split("## Cell by cell")[1]
     assert listed.count("\n| Qwen-") == sum(len(part.cells) for part in evidence())
     assert "**no**" not in text

@@ -16,7 +16,7 @@ from qwenfit.guide.cells import CONTRADICTION, TOLERANCE, guide_cells, readme_ce
 from qwenfit.guide.records import measurement_rows
 from qwenfit.guide.render import error_text, number_text
 from qwenfit.guide.types import AGREES, DIFFERS, IMPOSSIBLE, MEMORY, OOM, S_PER_ITER, TOKENS_PER_S, Cell
-from qwenfit.planning.constants import FITTED, GOALS, MEASURED, READ, Constant
+from qwenfit.planning.constants import FITTED, MEASURED, READ, Constant
 from qwenfit.planning.device_speed import MEASURED_READ_SHARE, READ_SHARE
 from qwenfit.planning.finetune_qwenfit import FITTED as TRAINER
 
@@ -240,8 +240,7 @@ def _constants() -> str:
         f"Share of the peak bandwidth that a plain read reaches: {shares}; other cards {READ_SHARE:g} "
         "(sources in qwenfit/planning/device_speed.py).\n\n"
         f"### Measured on this project's own engine\n\n{table(MEASURED.values())}\n\n"
-        f"### Measured on this project's own trainer\n\n{table(TRAINER.values())}\n\n"
-        f"### Goals of this project's own engine and trainer\n\n{table(GOALS.values())}"
+        f"### Measured on this project's own trainer\n\n{table(TRAINER.values())}"
     )
 
 

@@ -222,27 +222,6 @@ READ: dict[str, Constant] = {
     )
 }
 
-# What this project's own engine and trainer commit to. Not fitted: goals until a record in measurements/ replaces them.
-GOALS: dict[str, Constant] = {
-    c.name: c
-    for c in (
-        Constant(
-            "qwenfit_train_share",
-            0.72,
-            "of the matrix product's speed",
-            "finetuning step with fused norm, rotary, loss and adapters",
-            "goal: 3.2 s for 8 x 4096 tokens, LoRA on Qwen-7B, H100 (floor 1.98 s)",
-        ),
-        Constant(
-            "qwenfit_train_host",
-            1.3e-3,
-            "s per layer and micro-batch",
-            "host time of one layer's forward, recomputation and backward, fused into fewer launches",
-            "goal: 0.35 s for 8 x 256 tokens, LoRA on Qwen-7B, on the host of the H100 whose floor is 0.11 s",
-        ),
-    )
-}
-
 # What this project's own engine was measured to do on a GPU: refitted by `python -m qwenfit.bench.refit` whenever a
 # record in measurements/ is newer than the kernels.
 _DECODE = "measurements/guide-h100-*.json, 33 runs (with guide-h200-*.json and gpu-decode-h200-4.json), bench/refit.py"
@@ -375,11 +354,6 @@ def fitted(name: str) -> float:
 def read(name: str) -> float:
     """The value of a constant read elsewhere, in its unit."""
     return READ[name].value
-
-
-def goal(name: str) -> float:
-    """The value of one of this project's goals, in its unit."""
-    return GOALS[name].value
 
 
 def measured(name: str) -> float:

@@ -73,7 +73,7 @@ def finetune_speed(
     elif stack.name == "qwenfit":
         compute, traffic, host = cpu_seconds(config, task, device, precision, training_flops(config, task))
     else:
-        compute = training_flops(config, task) / (matmul_flops(device, precision) * stack.train_share)
+        compute = training_flops(config, task) / matmul_flops(device, precision)
         traffic = _elementwise_bytes(config, task, stack) / device.bandwidth
         host = config.num_layers * stack.train_host * host_factor
     if stage == 3 and stack.name == "transformers-4.3x":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from qwenfit.errors import UsageError, nearest
-from qwenfit.planning.constants import fitted, goal, measured, read
+from qwenfit.planning.constants import fitted, measured, read
 
 # What a decode step reads: weights by precision ("plain": 16 bits for one request, "plain_rows" for several), KV cache.
 READ_KINDS = ("plain", "plain_rows", "int8", "int4", "cache", "cache_int8")
@@ -28,7 +28,6 @@ class Stack:
     bandwidth_share: float | None  # of peak; None: what a plain read of that card was measured to reach
     unpack: float  # s per quantized weight on an A100, scaled by bandwidth to other cards
     prefill_share: float  # of a large matrix product's speed
-    train_share: float  # of a large matrix product's speed
     train_host: float  # s per layer and micro-batch
     fused_loss: bool
     memory_error: float  # relative half-width of the memory interval
@@ -57,8 +56,7 @@ STACKS: dict[str, Stack] = {
             bandwidth_share=None,
             unpack=0.0,
             prefill_share=measured("qwenfit_prefill_share"),
-            train_share=goal("qwenfit_train_share"),
-            train_host=goal("qwenfit_train_host"),
+            train_host=0.0,  # its trainer is planned in finetune_qwenfit.py and finetune_cpu.py
             fused_loss=True,
             memory_error=0.02,
             speed_error=0.10,
@@ -81,7 +79,6 @@ STACKS: dict[str, Stack] = {
             bandwidth_share=fitted("bandwidth_share_2023"),
             unpack=fitted("unpack_2023"),
             prefill_share=read("prefill_share"),
-            train_share=1.0,  # element-wise work is counted apart, through activation_traffic
             train_host=fitted("host_train_2023"),
             fused_loss=False,
             memory_error=0.05,
@@ -100,7 +97,6 @@ STACKS: dict[str, Stack] = {
             bandwidth_share=None,
             unpack=fitted("unpack_2023"),
             prefill_share=read("prefill_share"),
-            train_share=1.0,
             train_host=fitted("host_train_2023"),
             fused_loss=False,
             memory_error=0.05,
@@ -119,7 +115,6 @@ STACKS: dict[str, Stack] = {
             bandwidth_share=None,
             unpack=read("vllm_unpack"),
             prefill_share=read("prefill_share"),
-            train_share=1.0,
             train_host=0.0,
             fused_loss=False,
             memory_error=0.05,
