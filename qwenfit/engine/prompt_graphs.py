@@ -61,13 +61,14 @@ class PromptGraphs:
         self._steps: dict[int, PromptStep] = {}
         self._recorded: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
-    def fits(self, length: int) -> bool:
+    @staticmethod
+    def size_for(length: int) -> int | None:
+        """What a prompt of so many tokens is padded to; None: it is not for a graph."""
         size = next((size for size in LENGTHS if size >= length), None)
-        return size is not None and (size <= PADDED or size - length <= size // 32)
+        return size if size is not None and (size <= PADDED or size - length <= size // 32) else None
 
-    def run(self, ids: Sequence[int], slots: Sequence[int]) -> torch.Tensor:
+    def run(self, size: int, ids: Sequence[int], slots: Sequence[int]) -> torch.Tensor:
         """float32 logits [1, vocab_size] after a prompt that no NTK alpha stretches, valid until the next step."""
-        size = next(size for size in LENGTHS if size >= len(ids))
         step = self._steps.get(size)
         if step is None:
             step = self._steps[size] = PromptStep(self.model, self.cache, size, self.device)

@@ -131,8 +131,10 @@ class Runner:
         if self._graphs is not None and self._graphs.fits(len(requests)) and all(map(_decodes, requests)):
             return self._decode(self._graphs, requests)
         first = requests[0]
-        if self._prompts is not None and len(requests) == 1 and _whole(first) and self._prompts.fits(first.length):
-            return self._prompts.run(first.tokens, self._slots(first.blocks, 0, first.length))
+        if self._prompts is not None and len(requests) == 1 and _whole(first):
+            size = self._prompts.size_for(first.length)
+            if size is not None:
+                return self._prompts.run(size, first.tokens, self._slots(first.blocks, 0, first.length))
         batch = self._batch(requests)
         rows = batch.logits_indices
         if self._transformer is not None:

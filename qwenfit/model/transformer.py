@@ -126,7 +126,9 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., hidden_size] after the final norm -> float32 [..., vocab_size], padding rows included."""
-        weight = self.embed_tokens.weight if self.lm_head is None else getattr(self.lm_head, "weight", None)
+        weight = None
+        if self.lm_head is None or type(self.lm_head) is Linear:  # not one with an adapter around it
+            weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         if hidden.is_cuda and hidden.dim() == 2 and weight is not None and not torch.is_grad_enabled():
             return wide_product(hidden, weight)
         if self.lm_head is not None:
