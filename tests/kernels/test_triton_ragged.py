@@ -64,7 +64,7 @@ def test_prompts_chunks_and_single_tokens_in_one_step(
 ) -> None:
     """The kernel of our own rotates the queries that it reads, where no norm comes before."""
     if own:
-        monkeypatch.setattr(ragged, "_own_config", lambda *_: {"m": 16, "n": 16, "warps": 1, "stages": 1})
+        monkeypatch.setattr(ragged, "_fastest", lambda *_: {"m": 16, "n": 16, "warps": 1, "stages": 1})
     dim, (queries, contexts) = 16, STEPS[name]
     ours, theirs = filled(kv_heads, dim, 20, quantized), on_cpu(filled(kv_heads, dim, 20, quantized))
     tables = torch.randperm(20, generator=torch.Generator().manual_seed(0))[: 4 * len(queries)].view(-1, 4).int()

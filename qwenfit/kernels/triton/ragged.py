@@ -92,15 +92,16 @@ def ragged_attention(
     heads = qkv.shape[1] - 2 * kv_heads
     if singles == tokens:
         return _singles(qkv, new, cache, plan, scale)
-    config = _own_config(qkv, heads // kv_heads, plan)
-    turns = config is not None and new.head_norms is None  # the attention rotates queries as it reads them
+    config = _fastest(qkv, heads // kv_heads, plan)
+    own = config is not None and "cudnn" not in config
+    turns = own and new.head_norms is None  # the attention rotates queries as it reads them
     rotate_in_place(qkv, new, cache, singles, queries=not turns)
     prompts = qkv[singles:]
     q, k, v = prompts[:, :heads], prompts[:, heads:-kv_heads], prompts[:, -kv_heads:]
     if plan.context_slots is not None:
         k, v = gather_context(cache, plan.context_slots, qkv.dtype)
-    if config is None:
-        out = _attend_prompts(q, k, v, plan, scale)
+    if config is None or not own:
+        out = _attend_prompts(q, k, v, plan, scale, by_cudnn=config is not None)
     else:
         query_scale = None if new.query_scale is None else new.query_scale[singles:]
         turn = Turn(new.cos[singles:], new.sin[singles:], query_scale) if turns else None
@@ -117,21 +118,21 @@ def _singles(qkv: torch.Tensor, new: NewTokens, cache: LayerCache, plan: RaggedP
     return decode_step_attention(qkv, new, cache, plan.block_tables, plan.single_contexts, scale)
 
 
-def _own_config(qkv: torch.Tensor, group: int, plan: RaggedPlan) -> dict[str, int] | None:
-    """How our own kernel attends, where it was measured as the fastest for such a length on this card."""
+def _fastest(qkv: torch.Tensor, group: int, plan: RaggedPlan) -> dict[str, int] | None:
+    """What was measured as the fastest for such a length on this card: our own kernel's config, or cuDNN."""
     if not qkv.is_cuda or qkv.dtype == torch.float32:
         return None
-    config = measured("prompt_attention", (qkv.shape[2], group, max(plan.query_lens)))
-    return None if config is None or "cudnn" in config else config
+    return measured("prompt_attention", (qkv.shape[2], group, max(plan.query_lens)))
 
 
-def _attend_prompts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: RaggedPlan, scale: float) -> torch.Tensor:
+def _attend_prompts(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: RaggedPlan, scale: float, by_cudnn: bool
+) -> torch.Tensor:
     """`prompt_attention_reference`, by torch or cuDNN."""
     if not q.is_cuda or q.dtype == torch.float32:  # which flash attention does not take
         return prompt_attention_reference(q, k, v, plan.query_lens, plan.context_lens, scale)  # causal: padding is last
-    config = measured("prompt_attention", (q.shape[2], q.shape[1] // k.shape[1], max(plan.query_lens)))
     whole = len(plan.query_lens) == 1 and plan.context_slots is None and not plan.padded
-    return (cudnn if config is not None and whole else flash)(q, k, v, plan, scale)
+    return (cudnn if by_cudnn and whole else flash)(q, k, v, plan, scale)
 
 
 def compile_prompt_attention(qkv: torch.Tensor, kv_heads: int, turn: Turn | None) -> None:
