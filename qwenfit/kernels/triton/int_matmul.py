@@ -128,34 +128,26 @@ def _signed_codes(codes, INTERPRETED: tl.constexpr):
         )
 
 
-@triton.jit
-def _low_floats(codes, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The low half of each byte - 8."""
-    if INTERPRETED or dtype != tl.bfloat16:
-        return ((codes & 15).to(tl.float32) - 8.0).to(dtype)
-    else:
-        return tl.inline_asm_elementwise(
-            """{ .reg .b32 t, a, b, one, middle; mov.b32 one, 0x3F803F80; mov.b32 middle, 0xC308C308;
-            and.b32 t, $2, 0x0F0F0F0F;
-            prmt.b32 a, t, 0x43434343, 0x4140; prmt.b32 b, t, 0x43434343, 0x4342;
-            fma.rn.bf16x2 $0, a, one, middle; fma.rn.bf16x2 $1, b, one, middle; }""",
-            "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4,
-        )  # fmt: skip
+@triton.constexpr_function
+def _half_at_float(high):
+    """The assembly of `_half_floats`: two bytes become two bfloat16 of 128 + code, from which 136 are taken."""
+    half = "shr.u32 t, $2, 4; and.b32 t, t, 0x0F0F0F0F;" if high else "and.b32 t, $2, 0x0F0F0F0F;"
+    return (
+        "{ .reg .b32 t, a, b, one, middle; mov.b32 one, 0x3F803F80; mov.b32 middle, 0xC308C308; "
+        f"{half} prmt.b32 a, t, 0x43434343, 0x4140; prmt.b32 b, t, 0x43434343, 0x4342; "
+        "fma.rn.bf16x2 $0, a, one, middle; fma.rn.bf16x2 $1, b, one, middle; }"
+    )
 
 
 @triton.jit
-def _high_floats(codes, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The high half of each byte - 8."""
+def _half_floats(codes, dtype: tl.constexpr, HIGH: tl.constexpr, INTERPRETED: tl.constexpr):
+    """The high or the low half of each byte - 8."""
     if INTERPRETED or dtype != tl.bfloat16:
-        return (((codes >> 4) & 15).to(tl.float32) - 8.0).to(dtype)
+        return (((codes >> 4 if HIGH else codes) & 15).to(tl.float32) - 8.0).to(dtype)
     else:
         return tl.inline_asm_elementwise(
-            """{ .reg .b32 t, a, b, one, middle; mov.b32 one, 0x3F803F80; mov.b32 middle, 0xC308C308;
-            shr.u32 t, $2, 4; and.b32 t, t, 0x0F0F0F0F;
-            prmt.b32 a, t, 0x43434343, 0x4140; prmt.b32 b, t, 0x43434343, 0x4342;
-            fma.rn.bf16x2 $0, a, one, middle; fma.rn.bf16x2 $1, b, one, middle; }""",
-            "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4,
-        )  # fmt: skip
+            _half_at_float(HIGH), "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
 
 
 @triton.jit
@@ -180,9 +172,9 @@ def _float_dots(codes, x_at, here, BITS: tl.constexpr, BYTES: tl.constexpr, INTE
     dtype: tl.constexpr = x_at.dtype.element_ty
     x = tl.load(x_at, mask=here, other=0.0)
     if BITS == 4:
-        dots = tl.dot(_low_floats(codes, dtype, INTERPRETED), x, input_precision="ieee")
+        dots = tl.dot(_half_floats(codes, dtype, False, INTERPRETED), x, input_precision="ieee")
         x = tl.load(x_at + BYTES, mask=here, other=0.0)
-        return tl.dot(_high_floats(codes, dtype, INTERPRETED), x, dots, input_precision="ieee")
+        return tl.dot(_half_floats(codes, dtype, True, INTERPRETED), x, dots, input_precision="ieee")
     else:
         return tl.dot(_signed_floats(codes, dtype, INTERPRETED), x, input_precision="ieee")
 
