@@ -221,7 +221,7 @@ def page_is_fresh(page: Path, folder: Path) -> bool:
 def main(arguments: Sequence[str], folder: Path = REPOSITORY / "measurements") -> int:
     """`[--check] PATH`: writes the page, or checks it. Returns the exit code."""
     paths = [Path(argument) for argument in arguments if argument != "--check"]
-    if len(paths) != 1:
+    if len(paths) != 1 or paths[0].suffix != ".md":
         print("usage: python -m qwenfit.bench.guide_page [--check] docs/measured.md", file=sys.stderr)
         return 2
     (page,) = paths

@@ -257,14 +257,23 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def _rounding_jobs(weights: CanonicalWeights, parameter: Parameter, packed: PackedWeight) -> Iterator[Job]:
-    """Read rows as they are stored and round them where they go, a few blocks of the packed layout at a time."""
+    """Read rows as they are stored and round them where they go, a few blocks of the packed layout at a time.
+
+    What lies in GGUF blocks becomes floats a few rows at a time, in the caches: no row of it is ever whole in memory.
+    """
     out_features, in_features = parameter.shape
     stored = weights.stored_dtype(parameter)
     dtype = stored if stored in native.DTYPES else torch.float32
     size = weights.stored_size(parameter)
     step = max(native.ROWS, ROUNDED_AT_ONCE // in_features // native.ROWS * native.ROWS)
 
+    in_blocks = weights.in_blocks(parameter, native.ROWS)
+
     def work(start: int, stop: int) -> None:
+        if in_blocks:
+            for first, count, kind, blocks in weights.blocks(parameter, start, stop):
+                rounding.round_blocks(kind, blocks, count, packed, first)
+            return
         rows = scratch("rows", (stop - start) * in_features * dtype.itemsize).view(dtype).view(-1, in_features)
         for job in weights.jobs(parameter, start, rows):
             job.work()

@@ -42,6 +42,12 @@ class WeightSource(Protocol):
     def is_floating(self, name: str) -> bool:
         """Whether the stored tensor is floating point, or dequantised to it by `read_rows`."""
 
+    def block_type(self, name: str) -> int:
+        """The ggml type of a tensor in blocks that our C code reads (kernels/gguf_blocks.py), else 0."""
+
+    def read_blocks(self, name: str, start: int, count: int) -> torch.Tensor:
+        """Rows of such a tensor as they are stored, uint8: scratch memory of this thread, until its next call."""
+
 
 class CanonicalWeights:
     """The canonical parameters of a checkpoint.
@@ -97,6 +103,20 @@ class CanonicalWeights:
         """The type that all of an unquantized parameter is stored in; float32 where it is dequantised, or mixed."""
         first, *others = {self.source.dtype_of(name) for name in parameter.stored}
         return torch.float32 if others else first
+
+    def in_blocks(self, parameter: Parameter, multiple: int) -> bool:
+        """Whether all of it is in blocks that our C code reads, in pieces of a multiple of so many rows."""
+        named = all(self.source.block_type(name) for name in parameter.stored)
+        return named and all(piece.start % multiple == 0 for piece in parameter.pieces)
+
+    def blocks(self, parameter: Parameter, start: int, stop: int) -> Iterator[tuple[int, int, int, torch.Tensor]]:
+        """(first row, rows, ggml type, the blocks of those rows: valid until the next) of a parameter `in_blocks`."""
+        for piece in parameter.pieces:
+            first, last = max(start, piece.start), min(stop, piece.stop)
+            if first < last:
+                name = f"{piece.stored}.{parameter.suffix}"
+                stored = self.source.read_blocks(name, first - piece.start, last - first)
+                yield first, last - first, self.source.block_type(name), stored
 
     def read(self, parameter: Parameter, dtype: torch.dtype) -> torch.Tensor:
         """One whole parameter on the CPU, dequantised when the checkpoint stores it quantized."""

@@ -51,21 +51,32 @@ class GGUFSource:
         kind = self.tensors[name].dtype
         return kind in PLAIN or kind in QUANTIZED
 
+    def block_type(self, name: str) -> int:
+        kind = self.tensors[name].dtype
+        return _BLOCKS[kind][0] if kind in self._native else 0
+
+    def read_blocks(self, name: str, start: int, count: int) -> torch.Tensor:
+        """Rows as they are stored, uint8 in scratch memory of this thread."""
+        info = self.tensors[name]
+        _, elements, nbytes = _BLOCKS[info.dtype]
+        row_bytes = math.prod(info.shape[1:]) // elements * nbytes
+        raw = scratch("stored", count * row_bytes)
+        read_exactly(self._file, info.offset + start * row_bytes, raw)
+        return raw
+
     def read_rows(self, name: str, start: int, out: torch.Tensor) -> None:
         """Fill `out` with rows `start` onwards of a stored tensor, converted to out's dtype and device."""
         info = self.tensors[name]
         number, block_elements, block_bytes = _BLOCKS[info.dtype]
         width = math.prod(info.shape[1:])
-        row_bytes = width // block_elements * block_bytes
-        offset = info.offset + start * row_bytes
         if info.dtype in PLAIN:
+            offset = info.offset + start * width * block_bytes
             read_plain_rows(self._file, offset, PLAIN[info.dtype], out)
             return
         step = max(1, BLOCK_ELEMENTS // width)
         for row in range(0, out.shape[0], step):
             target = out[row : row + step]
-            raw = scratch("stored", target.shape[0] * row_bytes)
-            read_exactly(self._file, offset + row * row_bytes, raw)
+            raw = self.read_blocks(name, start + row, target.shape[0])
             if info.dtype in self._native:
                 _dequantise(number, raw, block_bytes, block_elements, target)
             else:

@@ -31,6 +31,12 @@ class SafetensorsSource:
     def is_floating(self, name: str) -> bool:
         return self.tensors[name].dtype in FLOAT_DTYPES
 
+    def block_type(self, name: str) -> int:
+        return 0
+
+    def read_blocks(self, name: str, start: int, count: int) -> torch.Tensor:
+        raise AssertionError(name)
+
     def read_rows(self, name: str, start: int, out: torch.Tensor) -> None:
         """Fill `out` with rows `start` onwards of a stored tensor, converted to out's dtype and device."""
         info = self.tensors[name]

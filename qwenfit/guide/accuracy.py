@@ -269,7 +269,7 @@ def main(arguments: Sequence[str]) -> int:
     """`[--check] PATH`: writes the page, or checks it. Returns the exit code."""
     check = "--check" in arguments
     paths = [Path(argument) for argument in arguments if argument != "--check"]
-    if len(paths) != 1:
+    if len(paths) != 1 or paths[0].suffix != ".md":
         print("usage: python -m qwenfit.guide.accuracy [--check] docs/accuracy.md", file=sys.stderr)
         return 2
     if not check:

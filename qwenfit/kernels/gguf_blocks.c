@@ -1,159 +1,24 @@
-/* Blocks of quantized GGUF types to float32 or bfloat16: the numbers of the `gguf` package, bit for bit.
- *
- * A block holds 32 or 256 values of a row. Products are exact in float32 (11 bits of a scale, 7 of its own scale, 6 of
- * a code), so each value is rounded at most once, fused multiply-adds or not. Loops are over 16 or 32 values of one
- * scale, which compilers vectorise (vector types of their own are slower: GCC 12 converts them lane by lane). Nothing
- * in a block is an index or a size: any bytes are numbers.
- */
-#include "scalar.h"
+/* Blocks of quantized GGUF types to float32 or bfloat16: gguf_blocks.h, for whole tensors. */
+#include "gguf_blocks.h"
 
 #define CHUNK 2048
 
-enum { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11, Q4_K = 12, Q5_K = 13, Q6_K = 14 };
-
-INLINE float from_f16(const uint8_t *bytes) {
-    uint16_t half;
-    memcpy(&half, bytes, 2);
-    uint32_t rest = half & 0x7fffu, sign = (uint32_t)(half & 0x8000u) << 16, bits = rest << 13;
-    if (rest >= 0x7c00u) bits |= 0x7f800000u; /* infinite, or no number */
-    else {
-        float value;
-        memcpy(&value, &bits, 4);
-        value *= 0x1p112f; /* the exponents' biases differ by 112; right for subnormal halves too */
-        memcpy(&bits, &value, 4);
+/* `count` blocks of a ggml type -> 32 or 256 values each, float32 or bfloat16. 1 when the type is not known.
+ *
+ * bfloat16 by way of a few kilobytes of float32: a long loop rounds several times as fast as one a block. */
+int qwenfit_gguf_blocks(int type, const uint8_t *blocks, int64_t count, void *out, int dtype) {
+    const int nbytes = block_bytes(type), length = block_values(type);
+    if (!nbytes) return 1;
+    if (dtype == FLOAT32) {
+        blocks_to_floats(type, blocks, count, out);
+        return 0;
     }
-    bits |= sign;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-/* d, [m,] [32 high bits,] 16 bytes of two low halves: value i in the low four bits, i + 16 in the high ones. */
-INLINE void legacy(const uint8_t *restrict block, float *restrict y, const int high, const int minimum) {
-    const float d = from_f16(block), m = minimum ? from_f16(block + 2) : 0.0f;
-    const uint8_t *codes = block + 2 + 2 * minimum + 4 * high;
-    const int middle = minimum ? 0 : high ? 16 : 8;
-    uint32_t fifth = 0;
-    if (high) memcpy(&fifth, codes - 4, 4);
-    for (int i = 0; i < 16; i++) {
-        int low = codes[i] & 15, up = codes[i] >> 4;
-        if (high) low |= (int)(fifth >> i & 1) << 4, up |= (int)(fifth >> (i + 16) & 1) << 4;
-        y[i] = d * (float)(low - middle);
-        y[i + 16] = d * (float)(up - middle);
-    }
-    if (minimum)
-        for (int i = 0; i < 32; i++) y[i] += m;
-}
-
-INLINE void q8_0(const uint8_t *restrict block, float *restrict y) {
-    const float d = from_f16(block);
-    const int8_t *codes = (const int8_t *)block + 2;
-    for (int i = 0; i < 32; i++) y[i] = (float)codes[i] * d;
-}
-
-/* 16 scales of 4 bits with 4 of the minimum, 64 bytes of four codes, d, dmin. */
-INLINE void q2_k(const uint8_t *restrict block, float *restrict y) {
-    const uint8_t *scales = block, *codes = block + 16;
-    const float d = from_f16(block + 80), dmin = from_f16(block + 82);
-    for (int part = 0; part < 16; part++) {
-        const float scale = d * (float)(scales[part] & 15), m = dmin * (float)(scales[part] >> 4);
-        const uint8_t *from = codes + part / 8 * 32 + part % 2 * 16;
-        const int shift = part % 8 / 2 * 2;
-        for (int i = 0; i < 16; i++) y[part * 16 + i] = scale * (float)(from[i] >> shift & 3) - m;
-    }
-}
-
-/* 32 bytes of high bits, 64 of four low codes, 12 of 16 scales of 6 bits, d. */
-INLINE void q3_k(const uint8_t *restrict block, float *restrict y) {
-    const uint8_t *high = block, *codes = block + 32, *scales = block + 96;
-    const float d = from_f16(block + 108);
-    for (int part = 0; part < 16; part++) {
-        const int low4 = part < 8 ? scales[part] & 15 : scales[part - 8] >> 4;
-        const float scale = d * (float)((low4 | (scales[8 + part % 4] >> part / 4 * 2 & 3) << 4) - 32);
-        const uint8_t *from = codes + part / 8 * 32 + part % 2 * 16, *bits = high + part % 2 * 16;
-        const int shift = part % 8 / 2 * 2, bit = part / 2;
-        for (int i = 0; i < 16; i++)
-            y[part * 16 + i] = scale * (float)((from[i] >> shift & 3) - 4 + ((bits[i] >> bit & 1) << 2));
-    }
-}
-
-/* d, dmin, 12 bytes of 8 scales and 8 minima of 6 bits, [32 bytes of fifth bits,] 128 bytes of two codes. */
-INLINE void q4_or_q5_k(const uint8_t *restrict block, float *restrict y, const int high) {
-    const float d = from_f16(block), dmin = from_f16(block + 2);
-    const uint8_t *s = block + 4, *bits = block + 16, *codes = block + 16 + 32 * high;
-    for (int part = 0; part < 8; part++) {
-        const int j = part % 4;
-        const int scale6 = part < 4 ? s[j] & 63 : (s[8 + j] & 15) | (s[j] >> 2 & 48);
-        const int minimum6 = part < 4 ? s[4 + j] & 63 : s[8 + j] >> 4 | (s[4 + j] >> 2 & 48);
-        const float scale = d * (float)scale6, m = dmin * (float)minimum6;
-        const uint8_t *from = codes + part / 2 * 32;
-        const int shift = part % 2 * 4;
-        for (int i = 0; i < 32; i++) {
-            int code = from[i] >> shift & 15;
-            if (high) code |= (bits[i] >> part & 1) << 4;
-            y[part * 32 + i] = scale * (float)code - m;
-        }
-    }
-}
-
-/* 128 bytes of two low codes, 64 of four high ones, 16 signed scales, d. */
-INLINE void q6_k(const uint8_t *restrict block, float *restrict y) {
-    const uint8_t *low = block, *high = block + 128;
-    const int8_t *scales = (const int8_t *)block + 192;
-    const float d = from_f16(block + 208);
-    for (int part = 0; part < 16; part++) {
-        const float scale = d * (float)scales[part];
-        const int half = part / 8, quarter = part % 8 / 2, begin = part % 2 * 16;
-        const uint8_t *from = low + half * 64 + quarter % 2 * 32 + begin, *bits = high + half * 32 + begin;
-        for (int i = 0; i < 16; i++) {
-            int code = (from[i] >> quarter / 2 * 4 & 15) | (bits[i] >> quarter * 2 & 3) << 4;
-            y[part * 16 + i] = scale * (float)(code - 32);
-        }
-    }
-}
-
-INLINE void one_block(const int type, const uint8_t *block, float *y) {
-    switch (type) {
-    case Q4_0: legacy(block, y, 0, 0); break;
-    case Q4_1: legacy(block, y, 0, 1); break;
-    case Q5_0: legacy(block, y, 1, 0); break;
-    case Q5_1: legacy(block, y, 1, 1); break;
-    case Q8_0: q8_0(block, y); break;
-    case Q2_K: q2_k(block, y); break;
-    case Q3_K: q3_k(block, y); break;
-    case Q4_K: q4_or_q5_k(block, y, 0); break;
-    case Q5_K: q4_or_q5_k(block, y, 1); break;
-    case Q6_K: q6_k(block, y); break;
-    }
-}
-
-/* bfloat16 by way of a few kilobytes of float32: a long loop rounds several times as fast as one a block. */
-INLINE void all_blocks(const int type, const int64_t nbytes, const int length, const uint8_t *blocks, int64_t count,
-                       void *out, int dtype) {
     float values[CHUNK];
     for (int64_t first = 0; first < count; first += CHUNK / length) {
         const int64_t some = count - first < CHUNK / length ? count - first : CHUNK / length;
-        float *y = dtype == FLOAT32 ? (float *)out + first * length : values;
-        for (int64_t b = 0; b < some; b++) one_block(type, blocks + (first + b) * nbytes, y + b * length);
-        if (dtype == FLOAT32) continue;
+        blocks_to_floats(type, blocks + first * nbytes, some, values);
         uint16_t *restrict to = (uint16_t *)out + first * length;
         for (int64_t i = 0; i < some * length; i++) to[i] = to_bf16(values[i]);
     }
-}
-
-/* `count` blocks of a ggml type -> 32 or 256 values each, float32 or bfloat16. 1 when the type is not known. */
-int qwenfit_gguf_blocks(int type, const uint8_t *blocks, int64_t count, void *out, int dtype) {
-    switch (type) {
-    case Q4_0: all_blocks(Q4_0, 18, 32, blocks, count, out, dtype); return 0;
-    case Q4_1: all_blocks(Q4_1, 20, 32, blocks, count, out, dtype); return 0;
-    case Q5_0: all_blocks(Q5_0, 22, 32, blocks, count, out, dtype); return 0;
-    case Q5_1: all_blocks(Q5_1, 24, 32, blocks, count, out, dtype); return 0;
-    case Q8_0: all_blocks(Q8_0, 34, 32, blocks, count, out, dtype); return 0;
-    case Q2_K: all_blocks(Q2_K, 84, 256, blocks, count, out, dtype); return 0;
-    case Q3_K: all_blocks(Q3_K, 110, 256, blocks, count, out, dtype); return 0;
-    case Q4_K: all_blocks(Q4_K, 144, 256, blocks, count, out, dtype); return 0;
-    case Q5_K: all_blocks(Q5_K, 176, 256, blocks, count, out, dtype); return 0;
-    case Q6_K: all_blocks(Q6_K, 210, 256, blocks, count, out, dtype); return 0;
-    }
-    return 1;
+    return 0;
 }

@@ -1,6 +1,7 @@
-"""Round plain weights to 8 or 4 bits straight into the layout of the CPU kernels: round.c, rows at a time.
+"""Round weights to 8 or 4 bits straight into the layout of the CPU kernels: round.c, rows at a time.
 
-The reference is `quantize_rtn` followed by `pack`; the result is the same bit for bit.
+The reference is `quantize_rtn` followed by `pack`, with `gguf.quants.dequantize` before them for rows in GGUF blocks;
+the result is the same bit for bit.
 """
 
 from __future__ import annotations
@@ -40,18 +41,32 @@ def round_rows(rows: torch.Tensor, packed: PackedWeight, start: int) -> None:
 
     `start` is a multiple of 16, and so is `count` unless these are the last rows. Several threads may do it at once.
     """
-    assert start % native.ROWS == 0 and rows.is_contiguous()
+    _round(rows, native.DTYPES[rows.dtype], 0, rows.shape[0], rows.shape[1], packed, start)
+
+
+def round_blocks(number: int, blocks: torch.Tensor, count: int, packed: PackedWeight, start: int) -> None:
+    """The same for `count` rows that are stored in blocks (uint8) of the ggml type `number` (gguf_blocks.TYPES)."""
+    _round(blocks, 0, number, count, packed.in_features, packed, start)
+
+
+def _round(
+    rows: torch.Tensor, dtype: int, number: int, count: int, in_features: int, packed: PackedWeight, start: int
+) -> None:
+    assert start % native.ROWS == 0 and start + count <= packed.out_features and in_features == packed.in_features
+    assert rows.is_contiguous()
     block = start // native.ROWS
     failed = _library().qwenfit_round(
         packed.bits,
         rows.data_ptr(),
-        native.DTYPES[rows.dtype],
-        *rows.shape,
+        dtype,
+        number,
+        count,
+        in_features,
         packed.group_size,
         packed.codes[block].data_ptr(),
         packed.scales[block].data_ptr(),
     )
-    assert not failed, packed.group_size
+    assert not failed, (number, packed.group_size)
 
 
 @functools.cache
@@ -59,5 +74,5 @@ def _library() -> ctypes.CDLL:
     library = native.load(_SOURCE)
     assert isinstance(library, ctypes.CDLL), library
     number, long, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    library.qwenfit_round.argtypes = [number, pointer, number, long, long, long, pointer, pointer]
+    library.qwenfit_round.argtypes = [number, pointer, number, number, long, long, long, pointer, pointer]
     return library

@@ -166,7 +166,7 @@ def test_the_page_is_of_the_record_and_says_when_it_is_stale(tmp_path: Path, rec
     page.write_text(text.replace("71.07", "71.08"))
     assert main(["--check", str(page)], folder) == 1
     assert main([str(page)], folder) == 0 and page.read_text() == text
-    assert main([], folder) == 2
+    assert main([], folder) == main(["--help"], folder) == 2
 
 
 def test_a_row_that_ran_out_in_the_guide_is_named_where_it_ran(record: dict[str, Any]) -> None:

@@ -111,7 +111,8 @@ def write_random_gguf(path: Path, config: dict, types: list[str]) -> Path:
 
 
 # Where the float16 numbers of a block lie.
-HALVES = {"Q4_0": [0], "Q5_0": [0], "Q8_0": [0], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+HALVES = {name: [0] for name in ("Q4_0", "Q5_0", "Q8_0")} | {name: [0, 2] for name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K")}
+HALVES |= {"Q2_K": [80, 82], "Q3_K": [108], "Q6_K": [208]}
 
 
 def qwen2_config(**changes) -> dict:

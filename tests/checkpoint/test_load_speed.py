@@ -1,6 +1,7 @@
 """Loading is as fast as reading: what a user waits for is the file, not what is made of it."""
 
 import time
+from statistics import median
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ def seconds(work) -> float:
 
 @pytest.mark.timing
 def test_loading_is_as_fast_as_reading_the_file_into_memory(tmp_path):
-    """Both from the page cache into fresh memory, in turns, the best of each: what else runs here slows both."""
+    """Both from the page cache into fresh memory, in turns, the median of each: what else runs here slows both, and
+    now and then the system happens to have huge pages for what is read."""
     tensors = qwen2_tensors(CONFIG)
     for name, shards in (("one", 1), ("sharded", 3)):
         folder = write_model(tmp_path / name, CONFIG, tensors, shards)
@@ -42,9 +44,9 @@ def share_of_reading(files, load) -> float:
     for done in range(1, ROUNDS.stop):
         read.append(seconds(lambda: [file.read_bytes() for file in files]))
         loaded.append(seconds(load))
-        if done in ROUNDS and min(read) / min(loaded) >= SHARE:
+        if done in ROUNDS and median(read) / median(loaded) >= SHARE:
             break
-    return min(read) / min(loaded)
+    return median(read) / median(loaded)
 
 
 @pytest.mark.timing

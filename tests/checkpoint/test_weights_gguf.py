@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from models import finish_gguf, gguf_writer, prompt_logits
+from models import HALVES, finish_gguf, gguf_writer, prompt_logits, qwen2_config, write_random_gguf
 from safetensors.torch import load_file
 
 from qwenfit.checkpoint.headers_gguf import GGML_TYPES, read_gguf_header
@@ -14,7 +14,9 @@ from qwenfit.checkpoint.load import load_model
 from qwenfit.checkpoint.weights_gguf import PLAIN, QUANTIZED, GGUFSource
 from qwenfit.config import TensorInfo
 from qwenfit.errors import QwenfitError
-from qwenfit.kernels import gguf_blocks
+from qwenfit.kernels import gguf_blocks, rounding
+from qwenfit.kernels.packed import pack
+from qwenfit.quantize.rtn import quantize_rtn
 
 gguf = pytest.importorskip("gguf")
 np = pytest.importorskip("numpy")
@@ -89,6 +91,38 @@ def test_random_bytes_are_what_the_gguf_package_makes_of_them(tmp_path, name):
         source_of(tmp_path / "m.gguf", name, kind, raw).read_rows("x.weight", 0, got)
         expected = torch.from_numpy(np.array(gguf.quants.dequantize(raw, kind), np.float32)).view(ROWS, COLUMNS)
     assert same_numbers(got, expected)
+
+
+@pytest.mark.skipif(not gguf_blocks.usable(), reason="needs a C compiler")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", sorted(gguf_blocks.TYPES))
+def test_blocks_round_to_what_their_numbers_round_to(tmp_path, name, bits):
+    """Straight from the file's bytes into the packed layout, also from a row in the middle on."""
+    kind = gguf.GGMLQuantizationType[name]
+    raw = stored_bytes(kind, np.random.default_rng(0))
+    for at in HALVES[name]:
+        raw.reshape(-1, gguf.GGML_QUANT_SIZES[kind][1])[:, at : at + 2] = np.array([0.01], np.float16).view(np.uint8)
+    source = source_of(tmp_path / "m.gguf", name, kind, raw)
+    numbers = torch.from_numpy(np.array(gguf.quants.dequantize(raw, kind), np.float32)).view(ROWS, COLUMNS)
+    expected = pack(quantize_rtn(numbers, bits, 128), torch.bfloat16)
+    got = rounding.empty(bits, ROWS, COLUMNS, 128)
+    for start, stop in ((0, 48), (48, ROWS)):
+        stored = source.read_blocks("x.weight", start, stop - start)
+        rounding.round_blocks(source.block_type("x.weight"), stored, stop - start, got, start)
+    assert torch.equal(got.codes, expected.codes) and torch.equal(got.scales, expected.scales)
+
+
+@pytest.mark.skipif(not gguf_blocks.usable(), reason="needs a C compiler")
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_a_model_is_rounded_the_same_with_and_without_the_c_code_for_blocks(tmp_path, monkeypatch, precision):
+    config = qwen2_config(intermediate_size=768)
+    file = write_random_gguf(tmp_path / "m.gguf", config, ["Q4_K", "Q5_0", "Q6_K", "Q8_0", "Q4_0"])
+    direct, _ = load_model(file, precision=precision, head_precision="int8")
+    monkeypatch.setattr(gguf_blocks, "usable", lambda: False)
+    by_numbers, _ = load_model(file, precision=precision, head_precision="int8")
+    ids = list(range(2, 22))
+    got, expected = (prompt_logits(model, ids, range(20)) for model in (direct, by_numbers))
+    assert torch.equal(got, expected) and got.isfinite().all()
 
 
 @pytest.mark.skipif(not gguf_blocks.usable(), reason="needs a C compiler")

@@ -28,6 +28,32 @@ def test_it_is_the_reference_bit_for_bit(bits, dtype, shape):
     assert (got.group_size, got.out_features, got.in_features) == (128, *shape)
 
 
+@pytest.mark.skipif(bool(native.why_not()), reason="no C compiler")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_nothing_rounds_otherwise_at_the_edges(bits):
+    """Quotients at and beside the middle of two codes, where a product with 1 / scale would fall on the other side;
+    groups of the smallest, of the largest and of no numbers."""
+    half, generator = 2 ** (bits - 1), torch.Generator().manual_seed(bits)
+    scales = torch.rand(2000, 1, generator=generator) + 0.5
+    codes = torch.randint(-half, half, (2000, 128), generator=generator) + 0.5
+    weight = scales * codes.clamp(max=half - 1)
+    weight[:, 0] = -half * scales[:, 0]
+    bits_of = weight.view(torch.int32)
+    bits_of += torch.randint(-2, 3, bits_of.shape, generator=generator, dtype=torch.int32)
+    for row, factor in enumerate((1e-40, 1e-38, 1e-37, 1e-30, 1e30, 1e36)):
+        weight[row] *= factor
+    weight[6, 5], weight[7, 6], weight[8, 7] = torch.inf, -torch.inf, torch.nan
+    weight[9] = 3e38
+    got = rounding.empty(bits, 2000, 128, 128)
+    rounding.round_rows(weight, got, 0)
+    expected = pack(quantize_rtn(weight, bits, 128), torch.bfloat16)
+    assert torch.equal(got.scales.nan_to_num(7.0), expected.scales.nan_to_num(7.0))
+    rows = got.codes.movedim(1, 2).flatten(0, 1), expected.codes.movedim(1, 2).flatten(0, 1)
+    finite = torch.ones(2000, dtype=torch.bool)
+    finite[6:9] = False  # their codes mean nothing
+    assert torch.equal(rows[0][:2000][finite], rows[1][:2000][finite])
+
+
 def test_it_is_used_only_for_the_layout_of_the_c_kernels():
     assert not rounding.usable(8, torch.bfloat16, torch.device("cuda"), 1024, 128)
     assert not rounding.usable(4, torch.bfloat16, CPU, 64, 128)  # a row is less than one group
