@@ -24,6 +24,9 @@ class KernelChoice:
     reason: str
 
 
+_TILES = KernelChoice("native tiles", "AMX: the weight goes through the caches as tiles of bf16, whatever its type")
+
+
 @functools.lru_cache(maxsize=4096)
 def choose_kernel(weight: str, dtype: torch.dtype, rows: int, device: str) -> KernelChoice:
     """The kernel for a weight of kind "fp32", "fp16", "bf16", "int8" or "int4" on a device type.
@@ -53,6 +56,8 @@ def _choose_cpu_plain(weight: str, dtype: torch.dtype, rows: int) -> KernelChoic
     if weight == "bf16":
         if native.available() and rows <= native.GEMV_ROWS:
             return KernelChoice("native gemv", "few rows: bound by memory, which torch reads at half the speed")
+        if dtype == torch.bfloat16 and native.tiles():
+            return _TILES
         if dtype == torch.bfloat16 and onednn_bf16():
             return KernelChoice("torch", "oneDNN with the CPU's bf16 instructions")
         if native.available():
@@ -67,6 +72,8 @@ def _choose_cpu_packed(weight: str, dtype: torch.dtype, rows: int) -> KernelChoi
     if native.available():
         if rows <= native.GEMV_ROWS:
             return KernelChoice("native gemv", "few rows: codes are unpacked in registers")
+        if dtype == torch.bfloat16 and native.tiles():
+            return _TILES
         if dtype == torch.bfloat16 and rows >= _ONEDNN_ROWS and onednn_bf16():
             return KernelChoice("unpack", "many rows: unpacked to bf16 in pieces for oneDNN")
         return KernelChoice("native gemm", "unpacked to float32 in cache-sized panels")

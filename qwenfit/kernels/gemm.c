@@ -11,6 +11,7 @@ INLINE void packed_panel(const int bits, const Packed *p, int64_t block, int64_t
         int64_t group = (first + k) / p->group_size;
         const uint32_t *word = words_at(bits, p, block, first + k);
         UNROLL for (int v = 0; v < VECTORS; v++) {
+            PREFETCH(word + v * LANES);
             const int64_t at = (block * groups + group) * ROWS + v * LANES;
             vuint raw = *(const vuint *)(word + v * LANES);
             vfloat s = *(const vfloat *)(p->scales + at), z = zero_points(bits, p, at);

@@ -52,6 +52,7 @@ INLINE void float_block(const int bits, const int batch, const Packed *p, int64_
                 UNROLL for (int c = 0; c < chains; c++) acc[m][v][c] = (vfloat){0};
         for (int64_t k = 0; k < p->group_size; k += per_word, word += ROWS)
             UNROLL for (int v = 0; v < VECTORS; v++) {
+                PREFETCH(word + v * LANES);
                 vuint raw = *(const vuint *)(word + v * LANES);
                 UNROLL for (int j = 0; j < per_word; j++) {
                     vuint code = raw >> (32 - bits); /* the last one: shifted, since converting reads a sign */
@@ -115,6 +116,7 @@ INLINE void integer_block(const int bits, const int batch, const Packed *p, int6
                 UNROLL for (int v = 0; v < VECTORS; v++) acc[m][v] = (vint){0};
             for (int64_t k = start; k < stop; k += per_word, word += ROWS)
                 UNROLL for (int v = 0; v < VECTORS; v++) {
+                    PREFETCH(word + v * LANES);
                     vshort raw = *(const vshort *)(word + v * LANES);
                     UNROLL for (int j = 0; j < per_word / 2; j++) {
                         vshort codes = raw >> bits * j;
@@ -246,6 +248,7 @@ INLINE void bf16_row(const int batch, const uint16_t *weight, const float *x, in
     int64_t k = 0;
     for (; k + 4 * LANES <= in_features; k += 4 * LANES)
         UNROLL for (int c = 0; c < 4; c++) {
+            if (c % 2 == 0) PREFETCH(weight + k + c * LANES);
             vuint wide = __builtin_convertvector(*(const vhalf *)(weight + k + c * LANES), vuint) << 16;
             UNROLL for (int m = 0; m < batch; m++)
                 acc[m][c] += (vfloat)wide * *(const vfloat *)(x + m * in_features + k + c * LANES);

@@ -62,13 +62,20 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         return torch_linear(x, weight, bias)
     if bias is not None:
         bias = bias.to(x.dtype)
-    kernel = {"native gemv": native.bf16_gemv, "native gemm": native.bf16_gemm, "widen": _linear_widened}[name]
-    return kernel(weight, flat, bias).view(*x.shape[:-1], -1)
+    return _PLAIN[name](weight, flat, bias).view(*x.shape[:-1], -1)
 
 
 def _linear_widened(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     pieces = ((rows, weight[rows].float()) for rows in row_pieces(*weight.shape))
     return _by_pieces(pieces, weight.shape[0], x, bias, torch.float32)
+
+
+_PLAIN = {
+    "native gemv": native.bf16_gemv,
+    "native tiles": native.bf16_tiles,
+    "native gemm": native.bf16_gemm,
+    "widen": _linear_widened,
+}
 
 
 def _by_pieces(
@@ -121,8 +128,14 @@ def _linear_interleaved(x: torch.Tensor, packed: PackedWeight, bias: torch.Tenso
     name = choose_kernel(f"int{packed.bits}", x.dtype, x.shape[0], "cpu").name
     if name == "unpack":
         return _linear_rows(x, packed, bias)
-    kernel = native.packed_gemv if name == "native gemv" else native.packed_gemm
-    return kernel(packed.bits, native_weight(packed), x, bias)
+    return _PACKED[name](packed.bits, native_weight(packed), x, bias)
+
+
+_PACKED = {
+    "native gemv": native.packed_gemv,
+    "native tiles": native.packed_tiles,
+    "native gemm": native.packed_gemm,
+}
 
 
 def _linear_int4pack(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:

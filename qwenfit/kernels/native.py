@@ -1,4 +1,4 @@
-"""The C kernels of gemv.c and gemm.c: compiled once for this CPU by the system's C compiler, loaded with ctypes.
+"""The C kernels of gemv.c, gemm.c and tiles.c: compiled once for this CPU by the system's compiler, used by ctypes.
 
 Nothing depends on them: without a compiler the same products go through torch, and `why_not()` says what is missing.
 """
@@ -91,6 +91,35 @@ def bf16_gemm(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) 
     return _multiply(16, _bf16_weight(weight), x, bias)
 
 
+@functools.cache
+def tiles() -> bool:
+    """Whether this CPU has AMX, the system grants its registers, and the kernel that uses them was compiled."""
+    return available() and not isinstance(_load("tiles.c"), str) and _tiles() is not None
+
+
+def packed_tiles(bits: int, weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [rows, in] bfloat16 -> [rows, out] bfloat16, the weight rounded to bfloat16; where there are `tiles`."""
+    return _by_tiles(bits, weight, x, bias)
+
+
+def bf16_tiles(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [rows, in] bfloat16 times weight [out, in] of bfloat16 -> [rows, out] bfloat16; where there are `tiles`."""
+    return _by_tiles(16, _bf16_weight(weight), x, bias)
+
+
+def _by_tiles(bits: int, weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    x = x.contiguous()
+    y = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype)
+    library = _tiles()
+    assert library is not None
+    _check(
+        library.qwenfit_tiles(
+            bits, weight, x.data_ptr(), *x.shape, y.data_ptr(), _pointer(bias), DTYPES[x.dtype], _threads()
+        )
+    )
+    return y
+
+
 def unpack(bits: int, weight: Weight, in_features: int, dtype: torch.dtype) -> torch.Tensor:
     """The packed weight as [out, in_features] of float32 or bfloat16."""
     result = torch.empty(weight.out_features, in_features, dtype=dtype)
@@ -146,6 +175,21 @@ def _gemm() -> ctypes.CDLL:
     library.qwenfit_gemm.argtypes = [number, weight, pointer, long, pointer, pointer, number, number]
     library.qwenfit_unpack.argtypes = [number, weight, long, pointer, number, number]
     library.qwenfit_unpack.restype = None
+    return library
+
+
+@functools.cache
+def _tiles() -> ctypes.CDLL | None:
+    """None where the system does not grant the registers to this process, in which the first instruction would end it.
+
+    What is granted holds for all of the process's threads.
+    """
+    library = _load("tiles.c")
+    assert isinstance(library, ctypes.CDLL), library
+    if not library.qwenfit_tiles_granted():
+        return None
+    number, long, pointer, weight = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.POINTER(Weight)
+    library.qwenfit_tiles.argtypes = [number, weight, pointer, long, long, pointer, pointer, number, number]
     return library
 
 

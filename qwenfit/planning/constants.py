@@ -227,6 +227,7 @@ READ: dict[str, Constant] = {
 _DECODE = "measurements/guide-h100-*.json, 33 runs (with guide-h200-*.json and gpu-decode-h200-4.json), bench/refit.py"
 _LIMIT = "measurements/guide-h200-*.json and gpu-decode-h200-4.json: what the shares come to there, by bench/refit.py"
 _CPU = "measurements/decode-amd-epyc-*.json and compare-amd-epyc-*.json: 0.5B to 7B on two Zen 3 cores"
+_CPU_TILES = "measurements/prefill-*.json: 0.5B to 3B, 32 to 512 tokens, on two Emerald Rapids cores"
 _CPU_TRAIN = "one step of LoRA on Qwen2.5-0.5B, 256 tokens, bf16 and fp32, one core of Emerald Rapids, by its profile"
 MEASURED: dict[str, Constant] = {
     c.name: c
@@ -273,6 +274,13 @@ MEASURED: dict[str, Constant] = {
             _CPU,
         ),
         Constant(
+            "qwenfit_cpu_read_ahead",
+            1.2,
+            "of a plain read",
+            "the same on cores with AMX, whose own prefetcher leaves a third of the memory's speed to a plain read",
+            "measurements/decode-intel-*.json: 0.5B to 7B on two Emerald Rapids cores",
+        ),
+        Constant(
             "qwenfit_cpu_layer_gap",
             0.5e-3,
             "s per layer and step",
@@ -292,6 +300,62 @@ MEASURED: dict[str, Constant] = {
             "of peak",
             "share of AMX's peak that torch's bf16 products reach: they lay operands out anew and fetch tiles from L2",
             "2048^3 in 8.9 ms, 1.94 of 10.6 TFLOP/s, two quiet Emerald Rapids cores, torch 2.13 with oneDNN 3.12",
+        ),
+        Constant(
+            "qwenfit_cpu_few_rows_share",
+            1.0,
+            "of the float32 product's speed",
+            "2 to 4 requests decoding at once on a CPU: what each but the first adds",
+            "measurements/decode-intel-*.json: Qwen2.5-0.5B int4, 1 and 4 requests",
+        ),
+        Constant(
+            "qwenfit_cpu_rows_share",
+            0.4,
+            "of the float32 product's speed",
+            "more requests at once on a CPU without tiles: what each but the first adds",
+            "Qwen2.5-0.5B int4, 8 and 32 requests, two Emerald Rapids cores with AMX and oneDNN held back",
+        ),
+        Constant(
+            "qwenfit_cpu_prefill_tiles",
+            0.5,
+            "of the matrix product's speed",
+            "a whole prompt where AMX multiplies: the products of kernels/tiles.c, attention, norms, small layers",
+            _CPU_TILES,
+        ),
+        Constant(
+            "qwenfit_cpu_prompt_gap",
+            1e-3,
+            "s per layer and prompt",
+            "what a layer of a prompt adds there to the gap of a decode step: torch's attention, larger copies",
+            _CPU_TILES,
+        ),
+        Constant(
+            "qwenfit_cpu_tile_unpack",
+            0.15e-9,
+            "s per weight and core",
+            "an int8 or int4 weight made bf16 in a tile, once for every 512 rows of a prompt",
+            _CPU_TILES,
+        ),
+        Constant(
+            "qwenfit_cpu_speed_error",
+            0.2,
+            "of the speed",
+            "how far decoding on a CPU is from its plan, other users of the machine included",
+            "measurements/decode-*.json on CPUs: most within 0.2",
+        ),
+        Constant(
+            "qwenfit_cpu_tiles_quiet",
+            0.75,
+            "times as long",
+            "a prompt where nobody else uses the machine",
+            _CPU_TILES,
+        ),
+        Constant(
+            "qwenfit_cpu_tiles_busy",
+            1.8,
+            "times as long",
+            "a prompt while AMX is slow: guests were seen to get a third of its speed for seconds at a time",
+            _CPU_TILES,
         ),
         Constant(
             "qwenfit_cpu_wide_train",

@@ -14,6 +14,7 @@ MEASURED_READ_SHARE = {
     "H200-SXM-141GB": 0.90,  # 4.22 to 4.41 of 4.8 TB/s, a large sum (measurements/gpu-*-h200*.json)
 }
 READ_SHARE = 0.88  # cards that nobody measured: about the mean of the above
+CHANNELS_BIND = 6e9  # bytes/s a core: whole Xeons have 4.8 to 5.6 (cpus.csv), guests with a few cores read 6 to 10
 A100_FP32_FLOPS = 19.5e12  # the card that the unpacking time was fitted on
 
 
@@ -24,6 +25,15 @@ def read_bandwidth(device: Device, stack: Stack) -> float:
     if stack.bandwidth_share is not None:
         return device.bandwidth * stack.bandwidth_share
     return device.bandwidth * MEASURED_READ_SHARE.get(device.name, READ_SHARE)
+
+
+def cpu_read_share(device: Device) -> float:
+    """What decoding reads of what a plain read reaches on a CPU.
+
+    More than all on cores with AMX that are too few for their memory's channels: the kernels fetch ahead of themselves.
+    """
+    few = device.units > 0 and device.bandwidth / device.units > CHANNELS_BIND
+    return measured("qwenfit_cpu_read_ahead" if device.tensor_cores and few else "qwenfit_cpu_read")
 
 
 def matmul_flops(device: Device, precision: str) -> float:

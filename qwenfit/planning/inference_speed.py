@@ -6,34 +6,43 @@ import math
 from dataclasses import dataclass
 
 from qwenfit.config import ModelConfig
-from qwenfit.hardware import Hardware
+from qwenfit.hardware import Device, Hardware
 from qwenfit.planning.constants import measured, read
-from qwenfit.planning.device_speed import link_bandwidth, matmul_flops, read_bandwidth, unpack_time
+from qwenfit.planning.device_speed import cpu_read_share, link_bandwidth, matmul_flops, read_bandwidth, unpack_time
 from qwenfit.planning.inference_memory import kv_bytes_per_token
 from qwenfit.planning.stack import READ_KINDS, Stack
 from qwenfit.planning.task import Inference
 from qwenfit.planning.types import BANDWIDTH, COMPUTE, HOST, LINK, Interval, Speed
 from qwenfit.planning.weights import quantized_parameters, weight_bytes, with_head
 
+FEW_ROWS = 4  # up to here the matrix-vector kernels multiply (kernels/native.py)
+ROWS_AT_ONCE = 512  # of a prompt for which weights become tiles once (kernels/tiles.c)
+
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one decode step by cause; `memory` includes unpacking and the gaps between kernels."""
+    """Seconds of one decode step by cause; `memory` includes unpacking and the gaps between kernels.
+
+    `further`: on a CPU, the products of all requests but the first, which hide behind nothing.
+    """
 
     memory: float
     compute: float
     host: float
     link: float
+    further: float = 0.0
 
     @property
     def total(self) -> float:
-        return max(self.memory, self.compute, self.host) + self.link
+        return max(self.memory, self.compute, self.host) + self.link + self.further
 
     @property
     def bound(self) -> str:
         slowest = max(self.memory, self.compute, self.host)
         if self.link > slowest:
             return LINK
+        if self.further > slowest:
+            return COMPUTE
         return BANDWIDTH if slowest == self.memory else COMPUTE if slowest == self.compute else HOST
 
 
@@ -78,7 +87,7 @@ def decode_step(
     quantized = quantized_parameters(config) if precision in ("int8", "int4") else 0
     bandwidth = read_bandwidth(device, stack)
     on_cpu = device.kind == "cpu"
-    shares = dict.fromkeys(READ_KINDS, measured("qwenfit_cpu_read")) if on_cpu else stack.read_shares
+    shares = dict.fromkeys(READ_KINDS, cpu_read_share(device)) if on_cpu else stack.read_shares
     limits = {} if on_cpu else stack.read_limits
     rates = {kind: min(bandwidth * shares.get(kind, 1.0), limits.get(kind, math.inf)) for kind in reads}
     memory = sum(nbytes / rates[kind] for kind, nbytes in reads.items()) / shards
@@ -87,14 +96,30 @@ def decode_step(
         memory += config.num_layers * measured("qwenfit_cpu_layer_gap")
     else:
         memory += config.num_layers * stack.layer_overhead + stack.step_host * host_factor
-    compute = decode_flops(config) * task.batch / matmul_flops(device, precision) / shards
+    first_alone = 1 if on_cpu else task.batch
+    compute = decode_flops(config) * first_alone / matmul_flops(device, precision) / shards
     per_layer = stack.decode_host_int4 if precision == "int4" else stack.decode_host
     host = config.num_layers * per_layer * host_factor
     link = 0.0
     if parallel == "tensor":
         message = task.batch * 2 * config.hidden_size
         link = 2 * config.num_layers * (read("nccl_latency") + 2 * message / link_bandwidth(hardware))
-    return StepTime(memory, compute, host, link)
+    further = further_seconds(config, device, task.batch, precision) / shards if on_cpu and task.batch > 1 else 0.0
+    return StepTime(memory, compute, host, link, further)
+
+
+def further_seconds(config: ModelConfig, device: Device, batch: int, precision: str) -> float:
+    """What the products of all requests but the first add to a decode step on a CPU.
+
+    Few rows are multiplied while weights are read; more by tiles or, where there are none, in float32 panels.
+    """
+    flops = decode_flops(config)
+    if batch <= FEW_ROWS:
+        return flops * (batch - 1) / (matmul_flops(device, "fp32") * measured("qwenfit_cpu_few_rows_share"))
+    if by_tiles(device, precision):
+        seconds = flops * batch / (matmul_flops(device, precision) * measured("qwenfit_cpu_prefill_tiles"))
+        return seconds + (0.0 if precision == "bf16" else unpack_seconds(config, device))
+    return flops * (batch - 1) / (matmul_flops(device, "fp32") * measured("qwenfit_cpu_rows_share"))
 
 
 def prefill_flops(config: ModelConfig, prompt: int) -> int:
@@ -114,16 +139,34 @@ def prefill_seconds(
 ) -> tuple[float, str]:
     """Seconds until the first token of one prompt alone, and what binds them.
 
-    The products and causal attention with what the host adds, or one decode-like pass: the slower.
+    The products and causal attention with what the host adds, or one decode-like pass: the slower. Where a CPU's tiles
+    multiply, which takes so little time that it hides nothing: both, and unpacking the weights.
     """
     shards = hardware.world_size if parallel == "tensor" else 1
-    on_cpu = hardware.device.kind == "cpu"
+    device = hardware.device
+    on_cpu, tiles = device.kind == "cpu", by_tiles(device, precision) and prompt > 1
     share = measured("qwenfit_cpu_prefill_share") if on_cpu else stack.prefill_share
-    compute = prefill_flops(config, prompt) / (matmul_flops(hardware.device, precision) * share) / shards
+    share = measured("qwenfit_cpu_prefill_tiles") if tiles else share
+    compute = prefill_flops(config, prompt) / (matmul_flops(device, precision) * share) / shards
     alone = Inference(prompt=1, generate=1, batch=1)
     least = decode_step(config, hardware, alone, precision, stack, parallel, host_factor)
+    if tiles:
+        weights = least.total + config.num_layers * measured("qwenfit_cpu_prompt_gap")
+        weights += 0.0 if precision == "bf16" else unpack_seconds(config, device)
+        passes = math.ceil(prompt / ROWS_AT_ONCE)
+        return passes * weights + compute, COMPUTE if compute >= passes * weights else least.bound
     host = 0.0 if on_cpu or prompt == 1 else stack.prompt_host * host_factor
     return max((least.total, least.bound), (compute + host, COMPUTE if compute >= host else HOST))
+
+
+def by_tiles(device: Device, precision: str) -> bool:
+    """Whether the engine multiplies prompts by the tile instructions of a CPU: bf16, and int8 and int4 made bf16."""
+    return device.kind == "cpu" and device.tensor_cores and device.bf16 and precision in ("bf16", "int8", "int4")
+
+
+def unpack_seconds(config: ModelConfig, device: Device) -> float:
+    """Seconds to make bf16 tiles of all int8 or int4 layers once, on all cores; bf16 ones are turned while read."""
+    return quantized_parameters(config) * measured("qwenfit_cpu_tile_unpack") / device.units
 
 
 def inference_speed(
@@ -138,21 +181,28 @@ def inference_speed(
     """Decode speed of all requests together and of one, and the time to first token of one prompt."""
     step = decode_step(config, hardware, task, precision, stack, parallel, host_factor)
     first, first_bound = prefill_seconds(config, hardware, task.prompt, precision, stack, parallel, host_factor)
+    error = stack.speed_error
+    if hardware.device.kind == "cpu":
+        error = max(error, measured("qwenfit_cpu_speed_error"))
+    first_interval = _around(first, error)
+    if by_tiles(hardware.device, precision) and task.prompt > 1:
+        quiet, busy = measured("qwenfit_cpu_tiles_quiet"), measured("qwenfit_cpu_tiles_busy")
+        first_interval = Interval(first * quiet, first * busy)
     per_request = 1 / step.total
     total = per_request * task.batch
     return Speed(
         bound=step.bound,
         tokens_per_s=total,
-        interval=_around(total, stack),
+        interval=_around(total, error),
         tokens_per_s_per_request=per_request,
-        tokens_per_s_per_request_interval=_around(per_request, stack),
+        tokens_per_s_per_request_interval=_around(per_request, error),
         time_to_first_token=first,
-        time_to_first_token_interval=_around(first, stack),
+        time_to_first_token_interval=first_interval,
         time_to_first_token_bound=first_bound,
         prompt_tokens_per_s=task.prompt / first,
-        terms={"memory": step.memory, "compute": step.compute, "host": step.host, "link": step.link},
+        terms={"memory": step.memory, "compute": step.compute + step.further, "host": step.host, "link": step.link},
     )
 
 
-def _around(value: float, stack: Stack) -> Interval:
-    return Interval(value * (1 - stack.speed_error), value * (1 + stack.speed_error))
+def _around(value: float, error: float) -> Interval:
+    return Interval(value * (1 - error), value * (1 + error))

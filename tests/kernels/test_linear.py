@@ -21,13 +21,18 @@ SHAPES = [(64, 256), (1, 32), (17, 40), (130, 896), (96, 100), (31, 33), (256, 1
 TOLERANCE = {torch.float32: 8e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
-@pytest.fixture(params=["native", "torch"], autouse=True)
+@pytest.fixture(params=["native", "native without tiles", "torch"], autouse=True)
 def kernels(request, monkeypatch):
-    """Every test runs with the C kernels and as on a machine without a compiler."""
-    if request.param == "native" and not native.available():
+    """Every test runs with the C kernels, as on a CPU without AMX where this one has it, and without a compiler."""
+    if request.param != "torch" and not native.available():
         pytest.skip(native.why_not())
+    if request.param == "native without tiles":
+        if not native.tiles():
+            pytest.skip("there is no AMX here: the same as native")
+        monkeypatch.setattr(native, "tiles", lambda: False)
     if request.param == "torch":
         monkeypatch.setattr(native, "_load", lambda name: "no C compiler was found")
+        monkeypatch.setattr(native, "tiles", lambda: False)
     choose_kernel.cache_clear()
     with torch.no_grad():
         yield request.param
@@ -167,12 +172,41 @@ def test_bf16_cpus_unpack_prompts_for_onednn(monkeypatch, kernels):
     if kernels == "torch":
         pytest.skip("needs the C kernels to unpack")
     monkeypatch.setattr(choice, "onednn_bf16", lambda: True)
+    monkeypatch.setattr(native, "tiles", lambda: False)
     choose_kernel.cache_clear()
     assert choose_kernel("int4", torch.bfloat16, 64, "cpu").name == "unpack"
     qw = quantized(70, 256, 4, 128)
     x = torch.randn(64, 256).bfloat16()
     result = quantized_linear(x, pack(qw, torch.bfloat16))
     assert_close(result, quantized_linear_reference(x, qw), torch.bfloat16, extra=5e-3)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rows", [5, 16, 33, 160, 530])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_tiles_multiply_any_number_of_rows_and_outputs(kernels, bits, rows, threads):
+    """One tile of rows and less, two and a rest, and more than a panel is kept for; outputs of one block and of many,
+    inputs of one panel and of more, whole tiles or not. oneDNN, which uses the same registers, has its turn between."""
+    if kernels != "native" or not native.tiles():
+        pytest.skip("there is no AMX here")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for out_features, in_features in ((16, 128), (50, 300), (200, 640), (1000, 1100)):
+            x, bias = torch.randn(rows, in_features).bfloat16(), torch.randn(out_features).bfloat16()
+            if bits == 16:
+                weight = torch.randn(out_features, in_features).bfloat16()
+                result = linear(x, weight, bias)
+                assert choose_kernel("bf16", x.dtype, rows, "cpu").name == "native tiles"
+            else:
+                qw = quantized(out_features, in_features, bits, 128 if in_features % 128 == 0 else in_features)
+                weight = qw.dequantize(torch.float32).bfloat16()
+                result = quantized_linear(x, pack(qw, torch.bfloat16), bias)
+            assert_close(result, linear_reference(x, weight, bias), torch.bfloat16)
+            narrow = torch.nn.functional.linear(x, weight, bias)
+            assert_close(narrow, linear_reference(x, weight, bias), torch.bfloat16)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -1,0 +1,86 @@
+"""Inference on a CPU with AMX is planned at what the engine reached there: measurements/*-intel-*.json, two cores."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwenfit.catalog import get_model
+from qwenfit.hardware import Device, Hardware, find_device
+from qwenfit.planning.device_speed import cpu_read_share
+from qwenfit.planning.inference_speed import inference_speed, prefill_seconds
+from qwenfit.planning.stack import get_stack
+from qwenfit.planning.task import Inference
+from qwenfit.planning.types import Speed
+
+FOLDER = Path(__file__).parents[2] / "measurements"
+RECORDS = sorted(FOLDER.glob("decode-intel-*.json")) + sorted(FOLDER.glob("prefill-intel-*.json"))
+OWN = get_stack("qwenfit")
+
+
+def cores(name: str, count: int, bandwidth: float) -> Device:
+    device = find_device(f"{name} 64GB")
+    flops = {dtype: peak / device.units * count for dtype, peak in device.flops.items()}
+    return replace(device, units=count, flops=flops, bandwidth=bandwidth, detected=True)
+
+
+def planned(record: dict[str, Any]) -> Speed:
+    facts = record["facts"]
+    device = cores("Xeon Emerald Rapids", facts["threads"], facts["limits"]["read"])
+    task = Inference(prompt=facts["prompt"], generate=facts["generate"], batch=facts["batch"])
+    return inference_speed(get_model(record["model"]), Hardware(device), task, record["precision"], OWN, "none")
+
+
+def ratio(record: dict[str, Any]) -> float:
+    """How much faster the plan is than the run."""
+    speed, figures = planned(record), record["figures"]
+    if record["kind"] == "decode":
+        return speed.tokens_per_s_per_request / figures["decode_tokens_per_s"]["measured"]
+    return figures["time_to_first_token"]["measured"] / speed.time_to_first_token
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_a_recorded_run_is_within_what_such_a_guest_varies(path: Path) -> None:
+    """Prompts, one request and many: the same run took up to twice as long at other times."""
+    assert 0.6 < ratio(json.loads(path.read_text())) < 1.8
+
+
+def test_the_recorded_runs_are_met_in_the_middle() -> None:
+    ratios = sorted(ratio(json.loads(path.read_text())) for path in RECORDS)
+    assert len(ratios) >= 20
+    assert 0.85 < ratios[len(ratios) // 2] < 1.25
+
+
+def test_a_prompt_reads_and_multiplies_one_after_the_other() -> None:
+    """Tiles multiply so fast that neither reading nor unpacking hides behind them; every 512 rows cost them again."""
+    two, model = Hardware(cores("Xeon Emerald Rapids", 2, 17e9)), get_model("Qwen-1.8B")
+    seconds = {n: prefill_seconds(model, two, n, "int4", OWN, "none")[0] for n in (1, 2, 64, 128, 512, 513)}
+    assert seconds[2] > seconds[1]
+    per_token = (seconds[128] - seconds[64]) / 64
+    assert seconds[64] - 64 * per_token > seconds[1]  # what does not grow with the prompt
+    assert seconds[513] - seconds[512] > 0.9 * (seconds[2] - 2 * per_token)
+    zen = Hardware(cores("EPYC 7003", 2, 17e9))
+    assert prefill_seconds(model, zen, 2, "int4", OWN, "none") == prefill_seconds(model, zen, 1, "int4", OWN, "none")
+
+
+@pytest.mark.parametrize("name", ["Xeon Emerald Rapids", "EPYC 9004", "EPYC 7003"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
+def test_more_requests_share_a_step_and_each_is_slower(name: str, precision: str) -> None:
+    hardware, model = Hardware(cores(name, 2, 17e9)), get_model("Qwen2.5-0.5B")
+    each = [
+        inference_speed(model, hardware, Inference(prompt=16, generate=32, batch=n), precision, OWN, "none")
+        for n in (1, 2, 4, 8, 32)
+    ]
+    alone = [speed.tokens_per_s_per_request for speed in each]
+    assert all(more < 1.05 * fewer for fewer, more in pairwise(alone))
+    assert alone[-1] < 0.7 * alone[0] and each[-1].tokens_per_s > 1.5 * each[0].tokens_per_s
+
+
+def test_no_plan_reads_more_than_a_whole_sockets_channels() -> None:
+    for name in ("Xeon Sapphire Rapids", "Xeon Emerald Rapids", "Xeon 6 Granite Rapids"):
+        assert cpu_read_share(find_device(f"{name} 256GB")) < 1 < cpu_read_share(cores(name, 2, 17e9))
