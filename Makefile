@@ -46,7 +46,7 @@ $(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/.run
-	DS_BUILD_OPS=0 $(PIP) install -c constraints.txt -e '.[run,gguf,hub,tune,deepspeed,test]'
+	DS_BUILD_OPS=0 $(PIP) install -c constraints.txt -e '.[run,gguf,hub,modelscope,tune,deepspeed,test]'
 	$(PIP) install -c constraints.txt --no-deps dashscope
 	touch $@
 

@@ -6,11 +6,13 @@ HF_HOME, HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT are honoured by huggingface_hu
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from qwenfit.checkpoint import modelscope
 from qwenfit.checkpoint.bounded import MAX_JSON_BYTES, shown
 from qwenfit.checkpoint.config_json import read_config_json
 from qwenfit.checkpoint.headers_safetensors import CONVERT_HINT, INDEX_NAME, MAX_TENSORS, stored_tensor
@@ -21,7 +23,14 @@ TIMEOUT_S = 3.0  # per answer: without a network a person hears of it within sec
 
 
 def cached_snapshot(repo_id: str) -> Path | None:
-    """The folder of the local Hugging Face cache that holds this model's config.json or its .gguf files, or None."""
+    """The folder of a local cache, Hugging Face's or ModelScope's, that holds this model's config.json or its .gguf."""
+    folder = None
+    if importlib.util.find_spec("huggingface_hub") is not None or not modelscope.installed():
+        folder = _cached_by_the_hub(repo_id)
+    return folder or modelscope.cached_snapshot(repo_id)
+
+
+def _cached_by_the_hub(repo_id: str) -> Path | None:
     hub = _library()
     with _as_qwenfit_errors(repo_id) as errors:
         cached = hub.try_to_load_from_cache(repo_id, "config.json")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenfit.catalog import dense_model_names, get_model
+from qwenfit.checkpoint import modelscope
 from qwenfit.checkpoint.resolve import hub_id
 from qwenfit.errors import NotFound, QwenfitError, UsageError, missing_extra, nearest
 
@@ -23,12 +24,13 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errn
 
 @dataclass(frozen=True)
 class CachedModel:
-    """One model of the cache: its id, bytes on disk, and when it was last used (seconds since 1970)."""
+    """One model of a cache: its id, bytes on disk, when it was last used (seconds since 1970), whose cache it is."""
 
     id: str
     nbytes: int
     last_used: float
     path: str
+    source: str = "huggingface"
 
 
 def known_models() -> list[dict[str, Any]]:
@@ -109,47 +111,50 @@ def _download(repo: str, source: str, revision: str | None, patterns: list[str])
 
 
 def _pull_modelscope(repo: str, revision: str | None, patterns: list[str]) -> str:
+    if not modelscope.installed():
+        raise missing_extra("modelscope", "modelscope")
+    library = modelscope.quiet("modelscope")
     try:
-        from modelscope import snapshot_download  # type: ignore[import-not-found, unused-ignore]
-    except ImportError as error:
-        raise NotFound(
-            "This needs the package modelscope, which is not installed.", "pip install modelscope"
-        ) from error
-    try:
-        return str(snapshot_download(repo.replace("Qwen/", "qwen/", 1), revision=revision, allow_patterns=patterns))
+        spelling = modelscope.spellings(repo)[0]
+        return str(library.snapshot_download(spelling, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the library raises requests' and its own errors alike
         raise NotFound(f"{repo} cannot be downloaded from ModelScope.", "check the name and the network") from error
 
 
 def cached_models() -> list[CachedModel]:
-    """Models in huggingface_hub's cache, largest first."""
-    info = _scan()
+    """Models in huggingface_hub's cache and in ModelScope's, largest first."""
     found = [
         CachedModel(repo.repo_id, repo.size_on_disk, repo.last_accessed, str(repo.repo_path))
-        for repo in info.repos
+        for repo in _scan().repos
         if repo.repo_type == "model"
     ]
+    for repo in modelscope.cached_models():
+        used = repo.last_accessed.timestamp() if repo.last_accessed else 0.0
+        found.append(CachedModel(repo.repo_id, repo.size_on_disk, used, repo.local_path, "modelscope"))
     return sorted(found, key=lambda model: -model.nbytes)
 
 
 def find_cached(name: str) -> CachedModel:
-    """The model of that name in the cache. Raises NotFound, with the nearest names."""
+    """The model of that name in a cache, Hugging Face's first. Raises NotFound, with the nearest names."""
     models = cached_models()
     wanted = hub_id(name) or name
-    found = [model for model in models if model.id == wanted]
-    if not found:
-        near = nearest(name, [model.id for model in models])
-        raise NotFound(
-            f"{name or repr(name)} is not in the cache.", f"Did you mean {', '.join(near)}?" if near else "qwenfit ls"
-        )
-    return found[0]
+    for source, ids in (("huggingface", [wanted]), ("modelscope", modelscope.spellings(wanted))):
+        for model in models:
+            if model.source == source and model.id in ids:
+                return model
+    near = nearest(name, [model.id for model in models])
+    raise NotFound(
+        f"{name or repr(name)} is not in the cache.", f"Did you mean {', '.join(near)}?" if near else "qwenfit ls"
+    )
 
 
 def remove(name: str) -> int:
     """Delete a model from the cache; returns the bytes freed. Raises NotFound when it is not there."""
-    wanted = find_cached(name).id
+    found = find_cached(name)
+    if found.source == "modelscope":
+        return modelscope.remove(found.id)
     info = _scan()
-    repos = frozenset(r for r in info.repos if (r.repo_type, r.repo_id) == ("model", wanted))
+    repos = frozenset(r for r in info.repos if (r.repo_type, r.repo_id) == ("model", found.id))
     alone = replace(info, repos=repos)  # a mirror of another name may hold the same commits
     strategy = alone.delete_revisions(*(rev.commit_hash for repo in repos for rev in repo.revisions))
     strategy.execute()
@@ -161,6 +166,8 @@ def _scan() -> Any:
         from huggingface_hub import scan_cache_dir
         from huggingface_hub.errors import CacheNotFound
     except ImportError as error:
+        if modelscope.installed():
+            return _EmptyCache()
         raise missing_extra("huggingface_hub", "hub") from error
     try:
         return scan_cache_dir()

@@ -123,3 +123,54 @@ def test_pulling_offline_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         models.pull("Qwen-7B")
     with pytest.raises(UsageError, match="no source"):
         models.pull("Qwen-7B", source="ftp")
+
+
+@pytest.fixture
+def modelscope_cache(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of ModelScope's own library, beside an empty one of Hugging Face's."""
+    pytest.importorskip("modelscope")
+    monkeypatch.setattr("modelscope_hub.config._default_config", None, raising=False)
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "ms"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    return tmp_path / "ms"
+
+
+@pytest.mark.parametrize("owner", ["qwen", "Qwen"])
+def test_what_modelscope_downloaded_is_found_by_name_listed_and_removed(modelscope_cache: Path, owner: str) -> None:
+    from models import qwen2_config, qwen2_tensors, write_model
+
+    from qwenfit.checkpoint.load import load_model, with_files
+    from qwenfit.checkpoint.resolve import resolve_model
+
+    config = qwen2_config()
+    folder = modelscope_cache / "models" / f"{owner}--Qwen2.5-0.5B-Instruct" / "snapshots" / "master"
+    write_model(folder, config, qwen2_tensors(config))
+    for name in ("Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct"):
+        assert with_files(resolve_model(name), name).source == str(folder)
+    tuned = modelscope_cache / "models" / "someone--tuned-0.1B" / "snapshots" / "master"
+    write_model(tuned, config, qwen2_tensors(config))
+    assert resolve_model("someone/tuned-0.1B").source == str(tuned)
+    assert models.remove("someone/tuned-0.1B") > 1000
+    assert load_model("Qwen/Qwen2.5-0.5B-Instruct")[1].hidden_size == config["hidden_size"]
+    (found,) = models.cached_models()
+    assert (found.id, found.source) == (f"{owner}/Qwen2.5-0.5B-Instruct", "modelscope") and found.nbytes > 1000
+    assert models.remove("Qwen2.5-0.5B-Instruct") == found.nbytes
+    assert models.cached_models() == [] and not folder.exists()
+
+
+def test_pulling_from_modelscope_asks_its_own_library(
+    modelscope_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def download(repo: str, **options: object) -> str:
+        asked.append((repo, options))
+        return str(tmp_path)
+
+    monkeypatch.setattr("modelscope.snapshot_download", download)
+    assert models.pull("Qwen-7B-Chat", source="modelscope") == str(tmp_path)
+    assert asked == [("qwen/Qwen-7B-Chat", {"revision": None, "allow_patterns": list(models.PATTERNS)})]
+    monkeypatch.setattr("qwenfit.checkpoint.modelscope.installed", lambda: False)
+    with pytest.raises(NotFound, match="modelscope") as caught:
+        models.pull("Qwen-7B-Chat", source="modelscope")
+    assert "qwenfit[modelscope]" in str(caught.value.hint if hasattr(caught.value, "hint") else caught.value)
