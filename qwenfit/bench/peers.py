@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +49,10 @@ def find_peers(llm: LLM, model: str, batch: int) -> tuple[list[Peer], list[str]]
     for package, make in makers:
         if importlib.util.find_spec(package) is None:
             notes.append(f"{package} is not installed: pip install {package.replace('_cpp', '-cpp-python')}")
-            continue
-        peers.append(make())
+        elif package == "llama_cpp" and (fault := llama_fault(model, llm.device)):
+            notes.append(f"llama.cpp is left out: {fault}")
+        else:
+            peers.append(make())
     return peers, notes
 
 
@@ -109,6 +115,29 @@ def as_transformers(llm: LLM) -> Any:
     with torch.device(llm.device):  # its tables are no weights, and were not made on the meta device
         made.model.rotary_emb = type(made.model.rotary_emb)(settings)
     return made.eval()
+
+
+LLAMA_TRIAL = """
+import sys, llama_cpp
+path, layers = sys.argv[1], int(sys.argv[2])
+llama_cpp.Llama(model_path=path, n_ctx=256, n_gpu_layers=layers, verbose=False).eval([1] * 64)
+"""
+
+
+def llama_fault(path: str, device: str) -> str:
+    """Why llama.cpp cannot run this file here, tried in a process of its own: a wrong instruction would end ours."""
+    command = [sys.executable, "-c", LLAMA_TRIAL, path, "-1" if device.startswith("cuda") else "0"]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode < 0:
+        with suppress(ValueError):
+            name = signal.Signals(-done.returncode).name
+            return (
+                f"{name} ended it; built for fewer instructions it may run: CMAKE_ARGS='-DGGML_NATIVE=OFF "
+                "-DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=ON' pip install --force-reinstall "
+                "--no-cache-dir llama-cpp-python"
+            )
+    said = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+    return said if done.returncode else ""
 
 
 def llama_peer(llm: LLM, path: str) -> Peer:

@@ -200,6 +200,7 @@ def test_llama_cpp_takes_part_where_the_model_is_a_gguf(llm: LLM, monkeypatch: p
     module = ModuleType("llama_cpp")
     vars(module).update(Llama=FakeLlama, __version__="0.3", __spec__=SimpleNamespace())
     monkeypatch.setitem(sys.modules, "llama_cpp", module)
+    monkeypatch.setattr(peers, "llama_fault", lambda path, device: "")
     monkeypatch.setattr(peers, "transformers_peer", lambda llm: peers.Peer("t", "", None))  # type: ignore[arg-type]
     found, notes = peers.find_peers(llm, "model.gguf", 1)
     assert [peer.name for peer in found] == ["t", "llama.cpp 0.3"] and notes == []
@@ -208,6 +209,26 @@ def test_llama_cpp_takes_part_where_the_model_is_a_gguf(llm: LLM, monkeypatch: p
     assert peers.find_peers(llm, "model.gguf", 2)[1] == [
         "llama.cpp is left out: it is compared with one request at a time."
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "SIGILL ended it"),
+        ("raise ValueError('Failed to load model from file')", "Failed to load model"),
+        ("raise SystemExit(3)", "it ended with 3"),
+    ],
+)
+def test_a_llama_cpp_that_dies_is_left_out_and_said(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str
+) -> None:
+    (tmp_path / "llama_cpp.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(peers, "transformers_peer", lambda llm: peers.Peer("t", "", None))  # type: ignore[arg-type]
+    found, notes = peers.find_peers(llm, "model.gguf", 1)
+    assert [peer.name for peer in found] == ["t"]
+    assert notes[0].startswith("llama.cpp is left out: ") and said in notes[0]
 
 
 def test_agreement_counts_up_to_the_first_difference() -> None:
