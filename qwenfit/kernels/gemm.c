@@ -129,19 +129,52 @@ int qwenfit_gemm(int bits, const Packed *p, const float *x, int64_t rows, void *
     return failed;
 }
 
+#define RUN 128 /* weights of a row that are unpacked at once */
+
+typedef uint16_t two __attribute__((may_alias));
+
+/* `count` weights of a row of a block, from input `first` on, all of one group. */
+INLINE void unpack_run(const int bits, const uint32_t *words, int64_t count, float scale, float zero,
+                       float *restrict to) {
+    const int per_word = 32 / bits;
+    uint32_t row[RUN / 4];
+    uint8_t codes[RUN] __attribute__((aligned(64)));
+    for (int64_t w = 0; w < count / per_word; w++) row[w] = words[w * ROWS];
+    const uint8_t *bytes = (const uint8_t *)row;
+    if (bits == 8) memcpy(codes, bytes, (size_t)count);
+    else
+        for (int64_t k = 0; k < count / 2; k++) ((two *)codes)[k] = (uint16_t)((bytes[k] | bytes[k] << 4) & 0x0f0f);
+    for (int64_t k = 0; k < count; k++) to[k] = ((float)codes[k] - zero) * scale;
+}
+
+INLINE void unpack_row(const int bits, const Packed *p, int64_t block, int64_t r, int64_t width, void *weight,
+                       int64_t at, int dtype) {
+    const int64_t groups = p->in_features / p->group_size;
+    float values[RUN];
+    for (int64_t first = 0; first < width;) {
+        const int64_t group = first / p->group_size, end = (group + 1) * p->group_size;
+        const int64_t count = end - first < RUN ? end - first : RUN;
+        const int64_t there = width - first < count ? width - first : count;
+        const int64_t place = (block * groups + group) * ROWS + r;
+        const float zero = p->zeros ? p->zeros[place] : (float)(1 << (bits - 1));
+        const uint32_t *words = words_at(bits, p, block, first) + r;
+        if (count == RUN) unpack_run(bits, words, RUN, p->scales[place], zero, values);
+        else unpack_run(bits, words, count, p->scales[place], zero, values);
+        if (dtype == BFLOAT16)
+            for (int64_t k = 0; k < there; k++) store(weight, at + first + k, BFLOAT16, values[k]);
+        else memcpy((float *)weight + at + first, values, (size_t)there * sizeof *values);
+        first += count;
+    }
+}
+
 /* weight[out][width] of `dtype` from a packed one. */
 void qwenfit_unpack(int bits, const Packed *p, int64_t width, void *weight, int dtype, int threads) {
     const int64_t blocks = (p->out_features + ROWS - 1) / ROWS;
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t block = 0; block < blocks; block++) {
-        float panel[64 * ROWS];
-        for (int64_t first = 0; first < p->in_features; first += 64) {
-            int64_t count = p->in_features - first < 64 ? p->in_features - first : 64;
-            fill_panel(bits, p, block, first, count, panel);
-            if (first + count > width) count = width - first;
-            for (int64_t r = 0; r < ROWS && block * ROWS + r < p->out_features; r++)
-                for (int64_t k = 0; k < count; k++)
-                    store(weight, (block * ROWS + r) * width + first + k, dtype, panel[k * ROWS + r]);
+    for (int64_t block = 0; block < blocks; block++)
+        for (int64_t r = 0; r < ROWS && block * ROWS + r < p->out_features; r++) {
+            const int64_t at = (block * ROWS + r) * width;
+            if (bits == 4) unpack_row(4, p, block, r, width, weight, at, dtype);
+            else unpack_row(8, p, block, r, width, weight, at, dtype);
         }
-    }
 }

@@ -26,7 +26,7 @@
 #define TILE 4
 #endif
 #define VECTORS (ROWS / LANES)
-/* Weights that will be read soon: a core's own prefetcher leaves a third to half of the memory's speed on some servers. */
+/* Weights that are read soon: a core's own prefetcher leaves a third to half of the memory's speed on some servers. */
 #define AHEAD 4096 /* bytes */
 #define PREFETCH(pointer) __builtin_prefetch((const char *)(pointer) + AHEAD)
 #define UNROLL _Pragma("GCC unroll 16") /* the accumulators must become registers */

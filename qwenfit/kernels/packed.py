@@ -70,7 +70,10 @@ def dequantize(packed: PackedWeight | BlockedWeight, dtype: torch.dtype = torch.
 
         stored = dequantised(packed, dtype)
         return stored if packed.perm is None else torch.empty_like(stored).index_copy_(1, packed.perm, stored)
-    weight = torch.cat([piece.to(dtype) for _, piece in unpacked_pieces(packed, torch.float32)])
+    if packed.layout == "interleaved" and dtype in native.DTYPES:
+        weight = native.unpack(packed.bits, native_weight(packed), packed.in_features, dtype)
+    else:
+        weight = torch.cat([piece.to(dtype) for _, piece in unpacked_pieces(packed, torch.float32)])
     if packed.perm is not None:
         weight = torch.empty_like(weight).index_copy_(1, packed.perm, weight)
     return weight

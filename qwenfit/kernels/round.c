@@ -1,4 +1,4 @@
-/* Weights, plain or in blocks of a GGUF type, rounded to nearest, symmetric, straight into the packed layout (packed.h).
+/* Weights, plain or in GGUF blocks, rounded to nearest, symmetric, straight into the packed layout (packed.h).
  *
  * The same numbers as quantize_rtn in PyTorch, bit for bit: scale = the value of largest magnitude, with its sign,
  * / -2^(bits-1); code = w / scale rounded half to even, + 2^(bits-1), at most 2^bits - 1. A group with a NaN gets the
@@ -66,20 +66,17 @@ INLINE void codes_of(const float *restrict values, const int64_t count, float sc
         for (int64_t k = 0; k < count; k++) codes[k] = (uint8_t)code_of(values[k] / scale, bits);
 }
 
-typedef uint64_t eight __attribute__((may_alias));
+typedef uint16_t two __attribute__((may_alias));
 
 /* Codes of a byte each to words, lowest first. */
 INLINE void words_of(const uint8_t *restrict codes, const int64_t count, const int bits, uint32_t *restrict words) {
-    if (bits == 8) {
-        memcpy(words, codes, (size_t)count);
-        return;
-    }
-    for (int64_t w = 0; w < count / 8; w++) {
-        uint64_t x = ((const eight *)codes)[w];
-        x = (x | x >> 4) & 0x00ff00ff00ff00ffu;
-        x = (x | x >> 8) & 0x0000ffff0000ffffu;
-        words[w] = (uint32_t)(x | x >> 16);
-    }
+    uint8_t *restrict bytes = (uint8_t *)words;
+    if (bits == 8) memcpy(bytes, codes, (size_t)count);
+    else
+        for (int64_t k = 0; k < count / 2; k++) {
+            const uint16_t pair = ((const two *)codes)[k];
+            bytes[k] = (uint8_t)(pair | pair >> 4);
+        }
 }
 
 /* One group of ROWS rows that lie `stride` apart, `count` of its inputs being there. */

@@ -70,7 +70,8 @@ INLINE void turned_tile(const uint16_t *const *rows, int64_t k, __mmask32 there,
         a[r + 3] = _mm512_unpackhi_epi64(b[r + 1], b[r + 3]);
     }
     UNROLL for (int i = 0; i < 4; i++) { /* a[4j + i] has words i, 4 + i, 8 + i, 12 + i of rows 4j to 4j + 3 */
-        __m512i even_low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88), odd_low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd);
+        __m512i even_low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88);
+        __m512i odd_low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd);
         __m512i even_high = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88);
         __m512i odd_high = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
         _mm512_storeu_si512(to + i * ROWS, _mm512_shuffle_i32x4(even_low, even_high, 0x88));
@@ -146,7 +147,7 @@ INLINE void multiply(const int second, const uint16_t *x, int64_t apart, int64_t
     if (second) _tile_stored(3, sums + 16 * width + 16, row);
 }
 
-/* y[rows][out] = x[rows][in_features], bf16, times the weight, whose inputs are as many or, packed in whole groups, more.
+/* y[rows][out] = x[rows][in_features], bf16, times the weight, whose inputs are as many or, in whole groups, more.
  * `dtype` is that of y and bias. bits 4 or 8, or 16 for a weight [out][in] of bf16. Returns 1 when out of memory.
  *
  * x is laid out in tiles first: the rows of a tile taken from x itself would often lie a power of two apart, which is
