@@ -345,6 +345,18 @@ def test_cores_flags_memory_and_an_estimated_bandwidth(tmp_path: Path) -> None:
     assert not with_bandwidth(device, 33e9).bandwidth_estimated
 
 
+def test_a_guest_that_does_not_see_amx_has_no_tiles_and_not_their_speed(tmp_path: Path) -> None:
+    xeon = CPUINFO.replace("AuthenticAMD", "GenuineIntel").replace("family\t: 25", "family\t: 6")
+    xeon = xeon.replace("model\t\t: 17", "model\t\t: 207").format(n=0, core=0)
+    without = cpu_host(host(tmp_path / "a", {"proc/cpuinfo": xeon}), affinity=[0])
+    seen = xeon.replace("avx512_bf16", "avx512_bf16 amx_tile amx_bf16 amx_int8")
+    with_tiles = cpu_host(host(tmp_path / "b", {"proc/cpuinfo": seen}), affinity=[0])
+    assert without.architecture == with_tiles.architecture == "emerald-rapids"
+    assert with_tiles.tensor_cores and not without.tensor_cores and without.bf16
+    assert without.flops["bf16"] == 2 * without.flops["fp32"] < with_tiles.flops["bf16"] / 10
+    assert without.flops["int8"] == 4 * without.flops["fp32"]
+
+
 def test_affinity_leaves_fewer_cores(tmp_path: Path) -> None:
     assert cpu_host(host(tmp_path), affinity={0, 1, 4}).units == 2
 

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -128,16 +127,13 @@ def llama_fault(path: str, device: str) -> str:
     """Why llama.cpp cannot run this file here, tried in a process of its own: a wrong instruction would end ours."""
     command = [sys.executable, "-c", LLAMA_TRIAL, path, "-1" if device.startswith("cuda") else "0"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    if done.returncode < 0:
-        with suppress(ValueError):
-            name = signal.Signals(-done.returncode).name
-            return (
-                f"{name} ended it; built for fewer instructions it may run: CMAKE_ARGS='-DGGML_NATIVE=OFF "
-                "-DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=ON' pip install --force-reinstall "
-                "--no-cache-dir llama-cpp-python"
-            )
-    said = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
-    return said if done.returncode else ""
+    if done.returncode == -signal.SIGILL:
+        return (
+            "an instruction that this machine lacks ended it; without this CPU's own it runs: "
+            "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install --force-reinstall --no-cache-dir llama-cpp-python"
+        )
+    said = (done.stderr.strip().splitlines() or [""])[-1]
+    return f"it ended with {done.returncode}. {said}".strip() if done.returncode else ""
 
 
 def llama_peer(llm: LLM, path: str) -> Peer:

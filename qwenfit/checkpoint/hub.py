@@ -23,11 +23,16 @@ TIMEOUT_S = 3.0  # per answer: without a network a person hears of it within sec
 
 
 def cached_snapshot(repo_id: str) -> Path | None:
-    """The folder of a local cache, Hugging Face's or ModelScope's, that holds this model's config.json or its .gguf."""
+    """The folder of a local cache, Hugging Face's or ModelScope's, that holds this model's config.json or its .gguf.
+
+    One with weights comes before one that has only the configuration yet.
+    """
     folder = None
     if importlib.util.find_spec("huggingface_hub") is not None or not modelscope.installed():
         folder = _cached_by_the_hub(repo_id)
-    return folder or modelscope.cached_snapshot(repo_id)
+    if folder is not None and (any(folder.glob("*.safetensors")) or any(folder.glob("*.gguf"))):
+        return folder
+    return modelscope.cached_snapshot(repo_id) or folder
 
 
 def _cached_by_the_hub(repo_id: str) -> Path | None:
@@ -112,6 +117,6 @@ def _as_qwenfit_errors(repo_id: str) -> Iterator[Any]:
 
 def _offline(repo_id: str, reason: str) -> NotFound:
     return NotFound(
-        f"{repo_id} is neither in the catalog nor in the local Hugging Face cache, and {reason}.",
+        f"{repo_id} is neither in the catalog nor in a local cache, and {reason}.",
         "Name a folder, a config.json or a .gguf, or go online.",
     )

@@ -266,7 +266,6 @@ def _rounding_jobs(weights: CanonicalWeights, parameter: Parameter, packed: Pack
     dtype = stored if stored in native.DTYPES else torch.float32
     size = weights.stored_size(parameter)
     step = max(native.ROWS, ROUNDED_AT_ONCE // in_features // native.ROWS * native.ROWS)
-
     in_blocks = weights.in_blocks(parameter, native.ROWS)
 
     def work(start: int, stop: int) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 
 def installed() -> bool:
-    return importlib.util.find_spec("modelscope") is not None
+    """The library and its cache: modelscope from 1.38 on keeps it by modelscope_hub."""
+    return all(importlib.util.find_spec(name) is not None for name in ("modelscope", "modelscope_hub"))
 
 
 def spellings(repo_id: str) -> list[str]:
@@ -23,11 +24,10 @@ def cached_snapshot(repo_id: str) -> Path | None:
     """The folder of the cache that holds this model's config.json or its .gguf files; None also without the library."""
     if not installed():
         return None
-    library = quiet("modelscope")
     for spelling in spellings(repo_id):
         try:
-            folder = Path(library.snapshot_download(spelling, local_files_only=True))
-        except Exception:  # what says that it is not there changed its type between versions
+            folder = Path(library().compat.snapshot_download(spelling, local_files_only=True))
+        except Exception:  # what says that it is not there changed its type between versions; a broken one has none
             continue
         if (folder / "config.json").exists() or any(folder.glob("*.gguf")):
             return folder
@@ -38,18 +38,25 @@ def cached_models() -> list[Any]:
     """The library's own description of every model in the cache: repo_id, size_on_disk, last_accessed, local_path."""
     if not installed():
         return []
-    hub = quiet("modelscope_hub")
-    return [repo for repo in hub.HubApi().scan_cache().repos if str(getattr(repo.repo_type, "value", "")) == "model"]
+    try:
+        repos = library().HubApi().scan_cache().repos
+    except (ImportError, OSError):
+        return []
+    models = [repo for repo in repos if str(getattr(repo.repo_type, "value", "")) == "model"]
+    for repo in models:
+        repo.repo_id = repo.repo_id.replace("___", ".")  # as folders were named before 1.38
+    order = [spelling for repo in models for spelling in spellings(repo.repo_id)]
+    return sorted((repo for repo in models if "/" in repo.repo_id), key=lambda repo: order.index(repo.repo_id))
 
 
 def remove(repo_id: str) -> int:
     """Delete a model, spelled as in `cached_models`; returns the bytes freed."""
-    return int(quiet("modelscope_hub").HubApi().clear_cache(repo_type="model", repo_id=repo_id))
+    return int(library().HubApi().clear_cache(repo_type="model", repo_id=repo_id))
 
 
-def quiet(module: str) -> Any:
-    """The library, which otherwise tells of every cache that it finds."""
-    library = importlib.import_module(module)
-    for name in ("modelscope", "modelscope_hub"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    return library
+def library() -> Any:
+    """modelscope_hub, which otherwise tells of every cache that it finds."""
+    module = importlib.import_module("modelscope_hub")
+    importlib.import_module("modelscope_hub.compat")
+    logging.getLogger("modelscope_hub").setLevel(logging.WARNING)
+    return module

@@ -61,7 +61,7 @@ def cpu_host(root: Path = Path("/"), affinity: Collection[int] | None = None) ->
         architecture=row["architecture"] if row["vendor_id"] else platform.machine(),
         bandwidth=min(device.bandwidth, cores * CORE_BANDWIDTH),
         flops=_supported(device.flops, info.flags),
-        tensor_cores="amx_tile" in info.flags,
+        tensor_cores="amx_bf16" in info.flags,
         source=f"{row['name']}: {row['source']}; at most {CORE_BANDWIDTH / 1e9:.0f} GB/s a core",
         free_bytes=min(available, memory if limits.memory_free is None else limits.memory_free),
         detected=True,
@@ -144,7 +144,11 @@ def _supported(flops: dict[str, float], flags: frozenset[str]) -> dict[str, floa
         "bf16": {"avx512_bf16", "amx_bf16", "bf16"},
         "int8": {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"},
     }
-    return {dtype: peak for dtype, peak in flops.items() if dtype not in needs or needs[dtype] & flags}
+    found = {dtype: peak for dtype, peak in flops.items() if dtype not in needs or needs[dtype] & flags}
+    for dtype, tiles, times in (("bf16", "amx_bf16", 2), ("int8", "amx_int8", 4)):
+        if dtype in found and tiles not in flags:  # vectors multiply so many in the place of one float32
+            found[dtype] = min(found[dtype], times * found["fp32"])
+    return found
 
 
 def _memory(root: Path) -> tuple[int, int]:

@@ -75,7 +75,7 @@ def _choose_cpu_packed(weight: str, dtype: torch.dtype, rows: int) -> KernelChoi
         if dtype == torch.bfloat16 and native.tiles():
             return _TILES
         if dtype == torch.bfloat16 and rows >= _ONEDNN_ROWS and onednn_bf16():
-            return KernelChoice("unpack", "many rows: unpacked to bf16 in pieces for oneDNN")
+            return KernelChoice("unpack", f"many rows: unpacked to bf16 in pieces for oneDNN{native.why_no_tiles()}")
         return KernelChoice("native gemm", "unpacked to float32 in cache-sized panels")
     missing = f"; the faster C kernels are missing: {native.why_not()}"
     if weight == "int4" and dtype == torch.bfloat16:

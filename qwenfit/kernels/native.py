@@ -97,6 +97,14 @@ def tiles() -> bool:
     return available() and not isinstance(_load("tiles.c"), str) and _tiles() is not None
 
 
+def why_no_tiles() -> str:
+    """ "; no tiles: ..." on a CPU that has AMX where they are not used all the same, else empty."""
+    if "amx_bf16" not in _cpu() or tiles():
+        return ""
+    loaded = _load("tiles.c")
+    return f"; no tiles: {loaded if isinstance(loaded, str) else 'the compiler or the system does not give AMX'}"
+
+
 def packed_tiles(bits: int, weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [rows, in] bfloat16 -> [rows, out] bfloat16, the weight rounded to bfloat16; where there are `tiles`."""
     return _by_tiles(bits, weight, x, bias)

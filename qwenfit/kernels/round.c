@@ -47,7 +47,7 @@ INLINE uint32_t code_of(float quotient, const int bits) {
     float sum = quotient + shift;
     uint32_t u;
     memcpy(&u, &sum, 4);
-    u -= base;
+    u = u > base ? u - base : 0; /* below zero only where the scale is subnormal */
     return u < top ? u : top;
 }
 

@@ -126,6 +126,7 @@ static void x_tile(const uint16_t *x, int64_t rows, int64_t in_features, int64_t
 INLINE void multiply(const int second, const uint16_t *x, int64_t apart, int64_t tiles, const uint32_t *panels,
                      float *sums, int64_t width) {
     const int row = (int)width * 4;
+    __asm__ volatile("" ::: "memory"); /* GCC 12 does not see that _tile_loadd reads memory */
     _tile_loadd(0, sums, row);
     _tile_loadd(1, sums + 16, row);
     if (second) _tile_loadd(2, sums + 16 * width, row);
@@ -175,7 +176,7 @@ int qwenfit_tiles(int bits, const Packed *p, const uint16_t *x, int64_t rows, in
 #pragma omp for schedule(static)
         for (int64_t tile = 0; tile < x_blocks * across; tile++)
             x_tile(x, rows, in_features, tile / across * ROWS, tile % across * STEP, in_tiles + tile * TILE_WORDS * 2);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
         for (int64_t part = 0; part < panels; part++) {
             if (!sums || !panel) continue;
             const int64_t begin = part * wide, end = begin + wide < blocks ? begin + wide : blocks;

@@ -278,7 +278,7 @@ MEASURED: dict[str, Constant] = {
             1.2,
             "of a plain read",
             "the same on cores with AMX, whose own prefetcher leaves a third of the memory's speed to a plain read",
-            "measurements/decode-intel-*.json: 0.5B to 7B on two Emerald Rapids cores",
+            "measurements/decode-intel-*.json: 0.5B to 3B on two Emerald Rapids cores",
         ),
         Constant(
             "qwenfit_cpu_layer_gap",

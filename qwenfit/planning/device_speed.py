@@ -14,7 +14,8 @@ MEASURED_READ_SHARE = {
     "H200-SXM-141GB": 0.90,  # 4.22 to 4.41 of 4.8 TB/s, a large sum (measurements/gpu-*-h200*.json)
 }
 READ_SHARE = 0.88  # cards that nobody measured: about the mean of the above
-CHANNELS_BIND = 6e9  # bytes/s a core: whole Xeons have 4.8 to 5.6 (cpus.csv), guests with a few cores read 6 to 10
+CHANNELS_BIND, CORES_BIND = 5.6e9, 7.5e9  # bytes/s a core: of whole Xeons at most (cpus.csv), of two in a guest
+FEW_CORES = 4
 A100_FP32_FLOPS = 19.5e12  # the card that the unpacking time was fitted on
 
 
@@ -31,9 +32,13 @@ def cpu_read_share(device: Device) -> float:
     """What decoding reads of what a plain read reaches on a CPU.
 
     More than all on cores with AMX that are too few for their memory's channels: the kernels fetch ahead of themselves.
+    Between CHANNELS_BIND and CORES_BIND a core it goes from one to the other. An estimate says nothing of many cores.
     """
-    few = device.units > 0 and device.bandwidth / device.units > CHANNELS_BIND
-    return measured("qwenfit_cpu_read_ahead" if device.tensor_cores and few else "qwenfit_cpu_read")
+    usual, ahead = measured("qwenfit_cpu_read"), measured("qwenfit_cpu_read_ahead")
+    if not device.tensor_cores or not device.units or (device.bandwidth_estimated and device.units > FEW_CORES):
+        return usual
+    few = (device.bandwidth / device.units - CHANNELS_BIND) / (CORES_BIND - CHANNELS_BIND)
+    return usual + (ahead - usual) * min(1.0, max(0.0, few))
 
 
 def matmul_flops(device: Device, precision: str) -> float:

@@ -16,6 +16,7 @@ from qwenfit.planning.types import BANDWIDTH, COMPUTE, HOST, LINK, Interval, Spe
 from qwenfit.planning.weights import quantized_parameters, weight_bytes, with_head
 
 FEW_ROWS = 4  # up to here the matrix-vector kernels multiply (kernels/native.py)
+ONEDNN_ROWS = 24  # from here on int8 and int4 weights are unpacked for bf16 instructions (kernels/choice.py)
 ROWS_AT_ONCE = 512  # of a prompt for which weights become tiles once (kernels/tiles.c)
 
 
@@ -111,14 +112,17 @@ def decode_step(
 def further_seconds(config: ModelConfig, device: Device, batch: int, precision: str) -> float:
     """What the products of all requests but the first add to a decode step on a CPU.
 
-    Few rows are multiplied while weights are read; more by tiles or, where there are none, in float32 panels.
+    Few rows are multiplied while weights are read; more by tiles, by bf16 instructions, or in float32 panels.
     """
     flops = decode_flops(config)
     if batch <= FEW_ROWS:
         return flops * (batch - 1) / (matmul_flops(device, "fp32") * measured("qwenfit_cpu_few_rows_share"))
     if by_tiles(device, precision):
         seconds = flops * batch / (matmul_flops(device, precision) * measured("qwenfit_cpu_prefill_tiles"))
-        return seconds + (0.0 if precision == "bf16" else unpack_seconds(config, device))
+        passes = math.ceil(batch / ROWS_AT_ONCE)
+        return seconds + (0.0 if precision == "bf16" else passes * unpack_seconds(config, device))
+    if device.bf16 and (precision == "bf16" or (precision in ("int8", "int4") and batch >= ONEDNN_ROWS)):
+        return flops * batch / (matmul_flops(device, precision) * measured("qwenfit_cpu_prefill_share"))
     return flops * (batch - 1) / (matmul_flops(device, "fp32") * measured("qwenfit_cpu_rows_share"))
 
 
@@ -144,7 +148,7 @@ def prefill_seconds(
     """
     shards = hardware.world_size if parallel == "tensor" else 1
     device = hardware.device
-    on_cpu, tiles = device.kind == "cpu", by_tiles(device, precision) and prompt > 1
+    on_cpu, tiles = device.kind == "cpu", by_tiles(device, precision) and prompt > FEW_ROWS
     share = measured("qwenfit_cpu_prefill_share") if on_cpu else stack.prefill_share
     share = measured("qwenfit_cpu_prefill_tiles") if tiles else share
     compute = prefill_flops(config, prompt) / (matmul_flops(device, precision) * share) / shards
@@ -166,7 +170,7 @@ def by_tiles(device: Device, precision: str) -> bool:
 
 def unpack_seconds(config: ModelConfig, device: Device) -> float:
     """Seconds to make bf16 tiles of all int8 or int4 layers once, on all cores; bf16 ones are turned while read."""
-    return quantized_parameters(config) * measured("qwenfit_cpu_tile_unpack") / device.units
+    return quantized_parameters(config) * measured("qwenfit_cpu_tile_unpack") / (device.units or 1)
 
 
 def inference_speed(
@@ -185,7 +189,7 @@ def inference_speed(
     if hardware.device.kind == "cpu":
         error = max(error, measured("qwenfit_cpu_speed_error"))
     first_interval = _around(first, error)
-    if by_tiles(hardware.device, precision) and task.prompt > 1:
+    if stack.name == "qwenfit" and by_tiles(hardware.device, precision) and task.prompt > FEW_ROWS:
         quiet, busy = measured("qwenfit_cpu_tiles_quiet"), measured("qwenfit_cpu_tiles_busy")
         first_interval = Interval(first * quiet, first * busy)
     per_request = 1 / step.total

@@ -113,9 +113,12 @@ def _download(repo: str, source: str, revision: str | None, patterns: list[str])
 def _pull_modelscope(repo: str, revision: str | None, patterns: list[str]) -> str:
     if not modelscope.installed():
         raise missing_extra("modelscope", "modelscope")
-    library = modelscope.quiet("modelscope")
+    here = [
+        repo_id for repo_id in modelscope.spellings(repo) if repo_id in {m.repo_id for m in modelscope.cached_models()}
+    ]
+    spelling = (here or modelscope.spellings(repo))[0]
     try:
-        spelling = modelscope.spellings(repo)[0]
+        library = modelscope.library().compat
         return str(library.snapshot_download(spelling, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the library raises requests' and its own errors alike
         raise NotFound(f"{repo} cannot be downloaded from ModelScope.", "check the name and the network") from error

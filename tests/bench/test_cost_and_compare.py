@@ -214,7 +214,7 @@ def test_llama_cpp_takes_part_where_the_model_is_a_gguf(llm: LLM, monkeypatch: p
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "SIGILL ended it"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "an instruction that this machine lacks"),
         ("raise ValueError('Failed to load model from file')", "Failed to load model"),
         ("raise SystemExit(3)", "it ended with 3"),
     ],

@@ -40,7 +40,7 @@ def test_nothing_rounds_otherwise_at_the_edges(bits):
     weight[:, 0] = -half * scales[:, 0]
     bits_of = weight.view(torch.int32)
     bits_of += torch.randint(-2, 3, bits_of.shape, generator=generator, dtype=torch.int32)
-    for row, factor in enumerate((1e-40, 1e-38, 1e-37, 1e-30, 1e30, 1e36)):
+    for row, factor in enumerate((1e-45, 1e-40, 1e-37, 1e-30, 1e30, 1e36)):
         weight[row] *= factor
     weight[6, 5], weight[7, 6], weight[8, 7] = torch.inf, -torch.inf, torch.nan
     weight[9] = 3e38

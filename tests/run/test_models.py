@@ -136,7 +136,9 @@ def modelscope_cache(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("owner", ["qwen", "Qwen"])
-def test_what_modelscope_downloaded_is_found_by_name_listed_and_removed(modelscope_cache: Path, owner: str) -> None:
+def test_what_modelscope_downloaded_is_found_by_name_listed_and_removed(
+    modelscope_cache: Path, owner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from models import qwen2_config, qwen2_tensors, write_model
 
     from qwenfit.checkpoint.load import load_model, with_files
@@ -151,6 +153,9 @@ def test_what_modelscope_downloaded_is_found_by_name_listed_and_removed(modelsco
     write_model(tuned, config, qwen2_tensors(config))
     assert resolve_model("someone/tuned-0.1B").source == str(tuned)
     assert models.remove("someone/tuned-0.1B") > 1000
+    monkeypatch.setattr("qwenfit.checkpoint.hub._cached_by_the_hub", lambda repo: tmp_path / "config-only")
+    (tmp_path / "config-only").mkdir()
+    assert with_files(resolve_model("Qwen2.5-0.5B"), "Qwen2.5-0.5B-Instruct").source == str(folder)  # it has weights
     assert load_model("Qwen/Qwen2.5-0.5B-Instruct")[1].hidden_size == config["hidden_size"]
     (found,) = models.cached_models()
     assert (found.id, found.source) == (f"{owner}/Qwen2.5-0.5B-Instruct", "modelscope") and found.nbytes > 1000
@@ -167,10 +172,10 @@ def test_pulling_from_modelscope_asks_its_own_library(
         asked.append((repo, options))
         return str(tmp_path)
 
-    monkeypatch.setattr("modelscope.snapshot_download", download)
+    monkeypatch.setattr("modelscope_hub.compat.snapshot_download", download)
     assert models.pull("Qwen-7B-Chat", source="modelscope") == str(tmp_path)
     assert asked == [("qwen/Qwen-7B-Chat", {"revision": None, "allow_patterns": list(models.PATTERNS)})]
     monkeypatch.setattr("qwenfit.checkpoint.modelscope.installed", lambda: False)
     with pytest.raises(NotFound, match="modelscope") as caught:
         models.pull("Qwen-7B-Chat", source="modelscope")
-    assert "qwenfit[modelscope]" in str(caught.value.hint if hasattr(caught.value, "hint") else caught.value)
+    assert "qwenfit[modelscope]" in caught.value.hint
