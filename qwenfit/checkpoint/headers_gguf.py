@@ -177,15 +177,20 @@ class _Reader:
 
     def skip_texts(self, count: int) -> None:
         """Walk over `count` texts: one tight loop, since the vocabulary has 300,000 of them."""
-        window, at, unpack = self.window, self.at, _U64.unpack_from
-        for _ in range(count):
-            if at + 8 > len(window):
+        unpack, left = _U64.unpack_from, iter(range(count))
+        while True:
+            window, at = self.window, self.at
+            try:
+                for _ in left:
+                    at += 8 + unpack(window, at)[0]
+            except (struct.error, OverflowError):  # the window ends before this text, which `left` has counted already
                 self.at = at
-                self.fill(8)
-                window, at = self.window, 0
-            at += 8 + unpack(window, at)[0]
-        self.at = at
-        self.skip(0)
+                length = self.scalar(_U64)
+                self.at += length
+            else:
+                self.at = at
+                self.skip(0)
+                return
 
 
 def _read_version(reader: _Reader) -> int:

@@ -11,6 +11,7 @@ from header_files import QWEN2_GGUF, QWEN2_GGUF_TENSORS, gguf_bytes, gguf_head, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwenfit.checkpoint import headers_gguf
 from qwenfit.checkpoint.config_gguf import config_from_gguf
 from qwenfit.checkpoint.headers_gguf import GGML_TYPES, GGUFTensor, SkippedArray, read_gguf_header
 from qwenfit.checkpoint.resolve import resolve_model, weight_bytes
@@ -93,6 +94,20 @@ def test_a_small_file_reads_back(tmp_path: Path, version: int) -> None:
     assert full.metadata["tokenizer.ggml.tokens"] == ["a", "b", "ä"]
     assert full.metadata["tokenizer.ggml.token_type"] == [1, 1, 3]
     assert full.tensors == header.tensors
+
+
+@pytest.mark.parametrize("window", [8, 9, 64, 1000, 2**20])
+def test_texts_are_walked_over_wherever_the_window_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    """Inside a length, before it, inside a text, and texts longer than a window; the last one ends the header."""
+    monkeypatch.setattr(headers_gguf, "WINDOW_BYTES", window)
+    texts = ["x" * (number * 7 % 150) for number in range(400)]
+    path = written(tmp_path, gguf_bytes(QWEN2_GGUF | {"tokenizer.ggml.merges": texts}, QWEN2_GGUF_TENSORS))
+    header = read_gguf_header(path)
+    assert header.metadata["tokenizer.ggml.merges"] == SkippedArray(8, 400)
+    full = read_gguf_header(path, arrays=True)
+    assert full.metadata["tokenizer.ggml.merges"] == texts and header.tensors == full.tensors
 
 
 def test_quantized_tensors_take_whole_blocks(tmp_path: Path) -> None:
