@@ -8,6 +8,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from qwenfit.checkpoint.resolve import holds_model
+
 
 def installed() -> bool:
     """The library and its cache: modelscope from 1.38 on keeps it by modelscope_hub."""
@@ -29,7 +31,7 @@ def cached_snapshot(repo_id: str) -> Path | None:
             folder = Path(library().compat.snapshot_download(spelling, local_files_only=True))
         except Exception:  # what says that it is not there changed its type between versions; a broken one has none
             continue
-        if (folder / "config.json").exists() or any(folder.glob("*.gguf")):
+        if holds_model(folder):
             return folder
     return None
 
@@ -42,11 +44,7 @@ def cached_models() -> list[Any]:
         repos = library().HubApi().scan_cache().repos
     except (ImportError, OSError):
         return []
-    models = [repo for repo in repos if str(getattr(repo.repo_type, "value", "")) == "model"]
-    for repo in models:
-        repo.repo_id = repo.repo_id.replace("___", ".")  # as folders were named before 1.38
-    order = [spelling for repo in models for spelling in spellings(repo.repo_id)]
-    return sorted((repo for repo in models if "/" in repo.repo_id), key=lambda repo: order.index(repo.repo_id))
+    return [repo for repo in repos if "/" in repo.repo_id and str(getattr(repo.repo_type, "value", "")) == "model"]
 
 
 def remove(repo_id: str) -> int:

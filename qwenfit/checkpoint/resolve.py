@@ -51,7 +51,7 @@ def _resolve(spec: str | os.PathLike[str]) -> ModelConfig:
     if not text:
         raise UsageError("No model is named.", "qwenfit models lists what is known.")
     path = _expand(text)
-    if text.startswith((".", "~", os.sep)) or text.lower().endswith(_FILE_SUFFIXES) or _holds_model(path):
+    if text.startswith((".", "~", os.sep)) or text.lower().endswith(_FILE_SUFFIXES) or holds_model(path):
         return _from_path(path)
     if (config := _from_catalog(text)) is not None:
         return config
@@ -124,7 +124,8 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _holds_model(path: Path) -> bool:
+def holds_model(path: Path) -> bool:
+    """Whether this is a folder with a config.json or a .gguf in it."""
     try:
         return path.is_dir() and ((path / "config.json").exists() or any(path.glob("*.gguf")))
     except OSError:

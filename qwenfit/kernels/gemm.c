@@ -131,8 +131,6 @@ int qwenfit_gemm(int bits, const Packed *p, const float *x, int64_t rows, void *
 
 #define RUN 128 /* weights of a row that are unpacked at once */
 
-typedef uint16_t two __attribute__((may_alias));
-
 /* `count` weights of a row of a block, from input `first` on, all of one group. */
 INLINE void unpack_run(const int bits, const uint32_t *words, int64_t count, float scale, float zero,
                        float *restrict to) {

@@ -34,6 +34,7 @@
 typedef float vfloat __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t vint __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t vuint __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t two __attribute__((may_alias)); /* codes of a byte each */
 typedef uint16_t vhalf __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 typedef struct {

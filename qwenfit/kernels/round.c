@@ -66,8 +66,6 @@ INLINE void codes_of(const float *restrict values, const int64_t count, float sc
         for (int64_t k = 0; k < count; k++) codes[k] = (uint8_t)code_of(values[k] / scale, bits);
 }
 
-typedef uint16_t two __attribute__((may_alias));
-
 /* Codes of a byte each to words, lowest first. */
 INLINE void words_of(const uint8_t *restrict codes, const int64_t count, const int bits, uint32_t *restrict words) {
     uint8_t *restrict bytes = (uint8_t *)words;

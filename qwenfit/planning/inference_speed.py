@@ -97,15 +97,15 @@ def decode_step(
         memory += config.num_layers * measured("qwenfit_cpu_layer_gap")
     else:
         memory += config.num_layers * stack.layer_overhead + stack.step_host * host_factor
-    first_alone = 1 if on_cpu else task.batch
-    compute = decode_flops(config) * first_alone / matmul_flops(device, precision) / shards
+    rows = 1 if on_cpu else task.batch
+    compute = decode_flops(config) * rows / matmul_flops(device, precision) / shards
     per_layer = stack.decode_host_int4 if precision == "int4" else stack.decode_host
     host = config.num_layers * per_layer * host_factor
     link = 0.0
     if parallel == "tensor":
         message = task.batch * 2 * config.hidden_size
         link = 2 * config.num_layers * (read("nccl_latency") + 2 * message / link_bandwidth(hardware))
-    further = further_seconds(config, device, task.batch, precision) / shards if on_cpu and task.batch > 1 else 0.0
+    further = further_seconds(config, device, task.batch, precision) / shards if on_cpu else 0.0
     return StepTime(memory, compute, host, link, further)
 
 
@@ -119,8 +119,7 @@ def further_seconds(config: ModelConfig, device: Device, batch: int, precision: 
         return flops * (batch - 1) / (matmul_flops(device, "fp32") * measured("qwenfit_cpu_few_rows_share"))
     if by_tiles(device, precision):
         seconds = flops * batch / (matmul_flops(device, precision) * measured("qwenfit_cpu_prefill_tiles"))
-        passes = math.ceil(batch / ROWS_AT_ONCE)
-        return seconds + (0.0 if precision == "bf16" else passes * unpack_seconds(config, device))
+        return seconds + math.ceil(batch / ROWS_AT_ONCE) * unpack_seconds(config, device, precision)
     if device.bf16 and (precision == "bf16" or (precision in ("int8", "int4") and batch >= ONEDNN_ROWS)):
         return flops * batch / (matmul_flops(device, precision) * measured("qwenfit_cpu_prefill_share"))
     return flops * (batch - 1) / (matmul_flops(device, "fp32") * measured("qwenfit_cpu_rows_share"))
@@ -156,7 +155,7 @@ def prefill_seconds(
     least = decode_step(config, hardware, alone, precision, stack, parallel, host_factor)
     if tiles:
         weights = least.total + config.num_layers * measured("qwenfit_cpu_prompt_gap")
-        weights += 0.0 if precision == "bf16" else unpack_seconds(config, device)
+        weights += unpack_seconds(config, device, precision)
         passes = math.ceil(prompt / ROWS_AT_ONCE)
         return passes * weights + compute, COMPUTE if compute >= passes * weights else least.bound
     host = 0.0 if on_cpu or prompt == 1 else stack.prompt_host * host_factor
@@ -168,8 +167,10 @@ def by_tiles(device: Device, precision: str) -> bool:
     return device.kind == "cpu" and device.tensor_cores and device.bf16 and precision in ("bf16", "int8", "int4")
 
 
-def unpack_seconds(config: ModelConfig, device: Device) -> float:
+def unpack_seconds(config: ModelConfig, device: Device, precision: str) -> float:
     """Seconds to make bf16 tiles of all int8 or int4 layers once, on all cores; bf16 ones are turned while read."""
+    if precision == "bf16":
+        return 0.0
     return quantized_parameters(config) * measured("qwenfit_cpu_tile_unpack") / (device.units or 1)
 
 

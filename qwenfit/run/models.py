@@ -113,10 +113,8 @@ def _download(repo: str, source: str, revision: str | None, patterns: list[str])
 def _pull_modelscope(repo: str, revision: str | None, patterns: list[str]) -> str:
     if not modelscope.installed():
         raise missing_extra("modelscope", "modelscope")
-    here = [
-        repo_id for repo_id in modelscope.spellings(repo) if repo_id in {m.repo_id for m in modelscope.cached_models()}
-    ]
-    spelling = (here or modelscope.spellings(repo))[0]
+    spellings, cached = modelscope.spellings(repo), {model.repo_id for model in modelscope.cached_models()}
+    spelling = next((known for known in spellings if known in cached), spellings[0])
     try:
         library = modelscope.library().compat
         return str(library.snapshot_download(spelling, revision=revision, allow_patterns=patterns))
@@ -141,10 +139,10 @@ def find_cached(name: str) -> CachedModel:
     """The model of that name in a cache, Hugging Face's first. Raises NotFound, with the nearest names."""
     models = cached_models()
     wanted = hub_id(name) or name
-    for source, ids in (("huggingface", [wanted]), ("modelscope", modelscope.spellings(wanted))):
-        for model in models:
-            if model.source == source and model.id in ids:
-                return model
+    found = {(model.source, model.id): model for model in models}
+    for key in (("huggingface", wanted), *(("modelscope", spelling) for spelling in modelscope.spellings(wanted))):
+        if key in found:
+            return found[key]
     near = nearest(name, [model.id for model in models])
     raise NotFound(
         f"{name or repr(name)} is not in the cache.", f"Did you mean {', '.join(near)}?" if near else "qwenfit ls"

@@ -12,8 +12,15 @@ import pytest
 
 from qwenfit.catalog import get_model
 from qwenfit.hardware import Device, Hardware, find_device
+from qwenfit.kernels import choice, native
 from qwenfit.planning.device_speed import cpu_read_share
-from qwenfit.planning.inference_speed import inference_speed, prefill_seconds
+from qwenfit.planning.inference_speed import (
+    FEW_ROWS,
+    ONEDNN_ROWS,
+    ROWS_AT_ONCE,
+    inference_speed,
+    prefill_seconds,
+)
 from qwenfit.planning.stack import get_stack
 from qwenfit.planning.task import Inference
 from qwenfit.planning.types import Speed
@@ -79,6 +86,12 @@ def test_more_requests_share_a_step_and_each_is_slower(name: str, precision: str
     alone = [speed.tokens_per_s_per_request for speed in each]
     assert all(more < 1.05 * fewer for fewer, more in pairwise(alone))
     assert alone[-1] < 0.7 * alone[0] and each[-1].tokens_per_s > 1.5 * each[0].tokens_per_s
+
+
+def test_the_plan_knows_the_rows_at_which_the_engine_changes_kernels() -> None:
+    source = (Path(native.__file__).parent / "tiles.c").read_text()
+    assert (FEW_ROWS, ONEDNN_ROWS) == (native.GEMV_ROWS, choice._ONEDNN_ROWS)
+    assert f"#define MOST_ROWS {ROWS_AT_ONCE} " in source
 
 
 def test_other_software_has_no_tiles_of_ours() -> None:
