@@ -29,9 +29,10 @@ from qwenfit.bench.gpu_prefill import StoredContext, in_float32, reference_logit
 from qwenfit.checkpoint.resolve import resolve_model
 from qwenfit.config import ModelConfig
 from qwenfit.kernels.triton import tuning
-from qwenfit.kernels.triton.greedy import advance, greedy
+from qwenfit.kernels.triton.greedy import greedy
 from qwenfit.kernels.triton.int_matvec import BlockedWeight
 from qwenfit.kernels.triton.launch import device_limits
+from qwenfit.kernels.triton.step_inputs import advance
 from qwenfit.model.decode import DecodeStep
 from qwenfit.model.kv_cache import KVCache, kv_bytes_per_token
 from qwenfit.model.linear import Linear
@@ -60,7 +61,7 @@ CHECKS = [  # precision of the layers, KV cache, model
     ("bf16", "int8", "Qwen2.5-7B"),
     ("int4", "bf16", "Qwen3-8B"),
 ]
-WITHOUT = [(2, "early"), (2, "last"), (4, "early"), (4, "last"), (6, "last")]  # index of RUNS, what it is run without
+WITHOUT = [(2, "early"), (4, "early")]  # index of RUNS, what it is run without
 LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 BLOCK_SIZE = 16
 
@@ -106,32 +107,32 @@ def start(model: Transformer, kv: str, context: int, tokens: int, batch: int) ->
                     affine[..., 0].fill_(4 / 255)
                     affine[..., 1].fill_(127.5)
     step = DecodeStep(model, cache, batch, width, torch.device("cuda"))
-    step.block_tables.copy_(torch.randperm(width * batch, device="cuda").view(batch, width))
-    step.input_ids.copy_(torch.arange(batch) + 1)
-    step.positions.fill_(context)
-    step.context_lens.fill_(context + 1)
-    block = step.block_tables[:, context // BLOCK_SIZE].long()
-    step.slots.copy_(block * BLOCK_SIZE + context % BLOCK_SIZE)
+    buffers = step.buffers
+    buffers.block_tables.copy_(torch.randperm(width * batch, device="cuda").view(batch, width))
+    buffers.input_ids.copy_(torch.arange(batch) + 1)
+    buffers.positions.fill_(context)
+    buffers.context_lens.fill_(context + 1)
+    buffers.rows.copy_(torch.arange(batch))
+    block = buffers.block_tables[:, context // BLOCK_SIZE].long()
+    buffers.slots.copy_(block * BLOCK_SIZE + context % BLOCK_SIZE)
     return step
 
 
 def record_graph(step: DecodeStep) -> torch.cuda.CUDAGraph:
     """A graph of: the step, greedy choice, and moving on to the next token. Leaves `step` as it was."""
-    state = [t.clone() for t in (step.input_ids, step.positions, step.slots, step.context_lens)]
+    before = {name: tensor.clone() for name, tensor in vars(step.buffers).items()}
 
     def once() -> None:
         tokens = greedy(step.run(), step.model.config.vocab_size)
-        advance(
-            tokens, step.input_ids, step.positions, step.slots, step.context_lens, step.block_tables, BLOCK_SIZE
-        )  # fmt: skip
+        advance(step.buffers, tokens, torch.empty_like(tokens), BLOCK_SIZE)
 
     once()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         once()
-    for tensor, value in zip((step.input_ids, step.positions, step.slots, step.context_lens), state, strict=True):
-        tensor.copy_(value)
+    for name, tensor in before.items():
+        getattr(step.buffers, name).copy_(tensor)
     return graph
 
 
@@ -145,8 +146,8 @@ def run(name: str, precision: str, kv: str, context: int, tokens: int, batch: in
     graph = record_graph(step)
     graph.replay()
     torch.cuda.synchronize()
-    step.context_lens.fill_(context + 1)
-    step.positions.fill_(context)
+    step.buffers.context_lens.fill_(context + 1)
+    step.buffers.positions.fill_(context)
     torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     for _ in range(tokens):
@@ -206,12 +207,10 @@ def check(precision: str, kv: str, name: str = "Qwen-7B", length: int = 24) -> d
     step = start(model, kv, 0, length, 1)
     rows = []
     for position in range(length):
-        step.input_ids.copy_(ids[:, position])
+        token = ids[:, position].contiguous()
+        step.buffers.input_ids.copy_(token)
         rows.append(step.run().clone())
-        advance(
-            ids[:, position].contiguous(), step.input_ids, step.positions, step.slots, step.context_lens,
-            step.block_tables, BLOCK_SIZE,
-        )  # fmt: skip
+        advance(step.buffers, token, torch.zeros_like(token), BLOCK_SIZE)
     plain = in_float32(model, config)
     got = torch.cat(rows)
     result: dict[str, Any] = {"model": name, "precision": precision, "kv_cache": kv}
@@ -219,7 +218,7 @@ def check(precision: str, kv: str, name: str = "Qwen-7B", length: int = 24) -> d
         expected = plain.logits(plain.forward_full(ids))[0]
         result |= compared(got, expected)
         if kv == "int8":
-            stored = StoredContext(step.cache, step.block_tables[0], length)
+            stored = StoredContext(step.cache, step.buffers.block_tables[0], length)
             same_cache = reference_logits(plain, ids[0].tolist(), stored)
             result |= {f"{key}_of_the_cache": value for key, value in compared(got, same_cache).items()}
     return result
@@ -238,64 +237,10 @@ def shortened(
     return name, precision, kv, context + less // 2, tokens - less, batch
 
 
-def search(
-    name: str, precision: str, kv: str, context: int, tokens: int, batch: int, read_rate: float
-) -> dict[str, Any]:
-    """The run with configs that were searched one after the other in whole steps, where a kernel's neighbours count.
-
-    In a step the memory waits at every kernel's start; what is best there is not what is best in a row of one kernel.
-    """
-    model = random_model(resolve_model(name), precision)
-    context = context + tokens // 2
-
-    def milliseconds() -> float:
-        graph = record_graph(start(model, kv, context, 256, batch))
-        for _ in range(20):
-            graph.replay()
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(200):
-            graph.replay()
-        torch.cuda.synchronize()
-        return (time.perf_counter() - began) / 0.2
-
-    config = model.config
-    bits = {"int4": 4, "int8": 8}.get(precision)
-    shapes = [(each.out_features, each.in_features) for each in packed_of(model)]
-    best = milliseconds()
-    trials: dict[str, float] = {"as it is": best}
-    keys: list[tuple[str, tuple[int, ...]]] = []
-    if bits is not None:
-        keys += [("int_matvec", (bits, inputs, out, batch)) for out, inputs in shapes]
-    keys.append(("decode_heads", (1 if kv == "int8" else 2, config.head_dim, batch * config.num_heads)))
-    found: dict[str, tuning.Config] = {}
-    for kernel, shape in keys:
-        own, mine = tuning.key(kernel, shape), tuning.tuned(kernel, shape)
-        for change in _changes(kernel, mine):
-            tried = found.get(own, mine) | change
-            tuning.put_in_force({own: tried})
-            trials[f"{own} {change}"] = took = milliseconds()
-            if took < 0.997 * best:
-                best, found[own] = took, tried
-            tuning.put_in_force({own: found.get(own, mine)})
-    return {
-        "search": f"{name} {precision} kv {kv} at {context}", "ms": best, "tokens_per_s": batch * 1e3 / best,
-        "trials": trials, "found": found,
-    }  # fmt: skip
-
-
 def packed_of(model: Transformer) -> list[BlockedWeight]:
     """The packed weights of the first layer."""
     linears = [model.get_submodule(f"layers.0.{each}") for each in LINEARS]
     return [each.packed for each in linears if isinstance(each, Linear) and isinstance(each.packed, BlockedWeight)]
-
-
-def _changes(kernel: str, config: tuning.Config) -> list[tuning.Config]:
-    if kernel == "int_matvec":
-        shares = [{"programs": config["programs"] // 2}, {"programs": 2 * config["programs"]}]
-        return [{"ahead": 1, "hold": 1}, {"ahead": 2, "hold": 1}, *shares]
-    tiles = [(16, 4), (32, 4), (64, 4), (64, 8)]  # tokens, warps
-    return [{"splits": n, "tokens": tokens, "warps": warps} for n in (8, 16, 32, 64) for tokens, warps in tiles]
 
 
 def changed(without: str) -> dict[str, tuning.Config]:
@@ -309,9 +254,6 @@ def main() -> None:
     parser.add_argument("--runs", default="", help="indices of RUNS, comma-separated; default: all")
     parser.add_argument("--tuned", type=Path, help="configs to use, a file as in kernels/triton/tuned/")
     parser.add_argument("--no-checks", action="store_true")
-    parser.add_argument(
-        "--search", type=int, help="index of a run: search its configs, and the prefetch, in whole steps"
-    )
     parser.add_argument("--no-repeats", action="store_true", help="of runs without one of the choices")
     parser.add_argument("--short", action="store_true", help="decode 256 tokens about the same mean context")
     parser.add_argument("--seconds", type=float, default=115, help="no run is begun after these")
@@ -343,8 +285,6 @@ def main() -> None:
         attempt(checks, check, *arguments)
     for i in chosen:
         attempt(results, run, *(shortened(*RUNS[i]) if options.short else RUNS[i]), limits["read"])
-    if options.search is not None:
-        attempt(results, search, *RUNS[options.search], limits["read"])
     best = tuning.in_force()
     for i, without in WITHOUT[:0] if options.no_repeats else WITHOUT:
         if i in chosen:
@@ -380,10 +320,6 @@ def show(checks: list[dict[str, Any]], results: list[dict[str, Any]]) -> None:
             f"{own:.1e} ({'within' if own <= 1e-2 else 'ABOVE'} 1e-2)"
         )
     for r in results:
-        if "search" in r:
-            print(r["search"], f"{r['tokens_per_s']:.1f} tokens/s", r["found"])
-            print({name: round(ms, 4) for name, ms in r["trials"].items()})
-            continue
         print(
             f"{r['model']:10} {r['precision']} kv {r['kv_cache']} {r['context']}+{r['tokens']} x{r['batch']:<3} "
             f"{r['tokens_per_s']:8.1f} tokens/s {r['share']:5.1%} of {r['limit_tokens_per_s']:.0f}; "

@@ -123,67 +123,40 @@ def copies(make: Callable[[], Any], nbytes: int) -> list[Any]:
     return [make() for _ in range(max(2, -(-ROTATED_BYTES // nbytes)))]
 
 
-def int_configs(bits: int, inputs: int, out: int, rows: int) -> Iterable[Config]:
+def int_configs(bits: int, inputs: int, out: int, rows: int, cores: int = 0) -> Iterable[Config]:
     """Tiles that fit the inputs, with numbers of programs that share the tiles out evenly.
 
     14B's rows of 640 words are 2.5 tiles of 256, and its 27,392 outputs 1.62 rounds of 1,056 programs: each costs a
-    fifth of the time.
+    fifth of the time. A core that holds half of its registers' worth lets the next kernel begin beside this one.
     """
-    cores = torch.cuda.get_device_properties().multi_processor_count
+    cores = cores or torch.cuda.get_device_properties().multi_processor_count
     needed = inputs * bits // 32
-    padded = {words: -(-needed // words) * words for words in (128, 256, 512, 1024)}
     if rows > 1:
+        padded = {words: -(-needed // words) * words for words in (256, 512)}
         words = min((256, 512), key=lambda words: (padded[words], -words))
         for tile in (8,) if rows == 2 else (4, 8):
             yield {"rows": tile, "words": words, "warps": words // 128, "programs": cores * 12 * 128 // words}
         yield {"rows": 8, "words": 512, "warps": 4, "programs": 4 * cores, "early": 0}
         return
-    if bits == 4:
-        yield from held_configs(needed, out, cores)
-        return
-    widths = [words for words in (512, 256, 128) if padded[words] <= 1.2 * needed]
-    if 512 < needed <= 1024:
-        widths.append(1024)  # all of x at once, though some threads have nothing to do
-    for words in widths:
-        for tile in (8, 16):
-            warps, tiles = words // 128, -(-out // tile)
-            most = 8 if tile == 16 else 16 if words >= needed else 10  # warps of a core, by their registers
-            for programs in even_programs(tiles, cores, range(max(1, 5 // warps), most // warps + 1)):
-                yield {"rows": tile, "words": words, "warps": warps, "programs": programs}
+    for words in (128, 256, 512, 1024, 2048):
+        chunks = -(-needed // words)
+        if chunks * words > 1.61 * needed or chunks > 3:
+            continue
+        for warps in (2, 4, 8, 16):
+            beside = 128 * warps // words  # rows of the weight that the warps take beside each other
+            for tile in (2, 4, 8, 16, 32, 64):
+                held = tile * words // (32 * warps)  # words that a thread holds of a tile, and again of the next
+                if words > 256 * warps or tile < 2 * beside or not 8 <= held <= 64:
+                    continue
+                resident = range(max(1, 4 // warps), max(1, (16 if held <= 16 else 12) // warps) + 1)
+                for programs in even_programs(-(-out // tile), cores, resident):
+                    yield {"rows": tile, "words": words, "warps": warps, "programs": programs, "hold": 1}
 
 
 def even_programs(tiles: int, cores: int, resident: Iterable[int]) -> list[int]:
     """The three numbers of programs, of so many on a core, that share `tiles` out most evenly; more before fewer."""
     numbers = [cores * one for one in resident]
     return sorted(numbers, key=lambda n: (-round(tiles / (n * -(-tiles // n)), 2), -n))[:3]
-
-
-def held_configs(needed: int, out: int, cores: int) -> Iterable[Config]:
-    """Configs for one row of x that a program holds in registers: at most 14 compiled kernels of a shape.
-
-    A thread needs about 18 registers for each chunk of x, 8 for each row of a tile and the next one, and 50 more; that
-    says how many warps a core takes. Converting x takes each core a time that grows with its programs, and a program
-    of many warps waits for them all: which matters more, only a measurement tells.
-    """
-    for words in (128, 256, 512, 1024):
-        chunks, warps = -(-needed // words), words // 128
-        if chunks * words > 1.61 * needed or chunks > 7:
-            continue
-        for tile in (4, 8, 16):
-            registers = 18 * chunks + 8 * tile + 50
-            if (
-                registers > (140 if words == 1024 else 210)
-                or (tile == 16 and chunks > 1)
-                or (words == 128 and tile == 4)
-            ):
-                continue
-            resident = 16 if registers <= 132 or words == 1024 else 12 if registers <= 170 else 8
-            limit = {16: 128, 12: 168, 8: 255}[resident]
-            tiles = -(-out // tile)
-            for programs in even_programs(tiles, cores, range(8 // warps, resident // warps + 1)):
-                for ahead in (0, 1):
-                    yield {"rows": tile, "words": words, "warps": warps, "programs": programs,
-                           "hold": 1, "ahead": ahead, "registers": limit}  # fmt: skip
 
 
 def once_each(configs: Iterable[Config]) -> list[Config]:
@@ -194,12 +167,13 @@ def once_each(configs: Iterable[Config]) -> list[Config]:
 def attention_configs(quantized: bool, sequences: int) -> Iterable[Config]:
     if sequences > 1:
         for tokens in (16, 32) if not quantized else (32, 64):
-            yield {"tokens": tokens, "warps": 4, "splits": 1, "last": 1}
+            for warps in (2, 4):
+                yield {"tokens": tokens, "warps": warps, "splits": 1}
         return
     for splits in (8, 16, 32):
-        for tokens in (16, 32) if not quantized else (32, 64):
-            yield {"tokens": tokens, "warps": 4, "splits": splits, "last": 1}
-    yield {"tokens": 32, "warps": 4, "splits": 16, "last": 0}
+        for tokens in (16, 32, 64) if not quantized else (32, 64, 128):
+            for warps in (2, 4):
+                yield {"tokens": tokens, "warps": warps, "splits": splits}
 
 
 def bf16_configs(rows: int) -> Iterable[Config]:

@@ -106,12 +106,13 @@ def anatomy(kv: str, bits: int | None = None) -> Figures:
     }
     graphs = engine.runner._graphs
     if graphs is not None:
+        made["step"] = kernels(engine.step)
         step, graph = graphs._recorded[next(size for size in graphs.sizes if size >= count)]
+        made["context"] = int(step.buffers.context_lens.sum()) / count
         synchronize()
+        # Each goes on to the next token, beyond what the engine knows of: nothing after this asks for its answers.
         made["bare_graph_ms"] = 1e3 * _seconds(lambda: _times(graph.replay, some)) / some
         made["graph"] = kernels(graph.replay)
-        made["context"] = int(step.context_lens.sum()) / count
-        made["step"] = kernels(engine.step)
     return made
 
 
@@ -167,8 +168,8 @@ def watch(llm: LLM) -> tuple[list[float], list[bool], list[float], list[int]]:
         tokens.append(sum(request.scheduled for request in requests))
         return run(requests)
 
-    def timed(logits: Any, requests: Any) -> Chosen:
-        chosen = choose(logits, requests)
+    def timed(logits: Any, requests: Any, likeliest: Any = None) -> Chosen:
+        chosen = choose(logits, requests, likeliest)
         read = chosen.read
 
         def wait() -> Any:

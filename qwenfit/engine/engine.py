@@ -83,6 +83,8 @@ class Engine:
         device = torch.device(device)
         pool = BlockPool(cache.num_blocks, cache.block_size)
         self.scheduler = Scheduler(pool, max_num_seqs, max_batched_tokens, prefix_cache)
+        banned = () if tokenizer is None else tokenizer.textless_ids
+        self.sampler = Sampler(self.vocab_size, max_num_seqs, self.max_model_len, device, banned)
         self.runner = Runner(
             model,
             cache,
@@ -90,13 +92,13 @@ class Engine:
             max_batched_tokens=max_batched_tokens,
             max_model_len=self.max_model_len,
             device=device,
+            greedy=self.sampler.greedy,
         )
-        banned = () if tokenizer is None else tokenizer.textless_ids
-        self.sampler = Sampler(self.vocab_size, max_num_seqs, self.max_model_len, device, banned)
         if device.type == "cuda":
             self.sampler.choose(torch.zeros(1, config.vocab_size, device=device), [])  # compiles the greedy kernel
         self._ahead = int(device.type == "cuda" if lookahead is None else lookahead)
         self._flights: deque[Flight] = deque()  # at most one between steps, two within one
+        self._interrupted = False  # whether the last launch was: what the device keeps may be of that step already
         self._ended: list[Delta] = []  # last deltas that the next step hands out
         self._next_id = 0
         self._num_deadlines = 0
@@ -174,8 +176,9 @@ class Engine:
         """Schedule, run, sample: one token more for each answer that is past its prompt; with lookahead a step late."""
         self._expire()
         deltas: list[Delta] = []
-        while len(self._flights) > self._ahead:
+        while len(self._flights) > (0 if self._interrupted else self._ahead):
             deltas += self._read()
+        self._interrupted = False
         batch = self.scheduler.schedule()
         fits = self._launch(batch) if batch else True
         while self._flights and (len(self._flights) > self._ahead or not batch or not fits):
@@ -196,15 +199,16 @@ class Engine:
             request.stats.started = request.stats.started or now
         reached = [request for request in batch if request.computed + request.scheduled == request.length]
         try:
-            logits = self.runner.run(batch)
-            chosen = None if logits is None else self.sampler.choose(logits, reached)
-            if chosen is not None and self._ahead:
+            logits, likeliest = self.runner.run(batch)
+            chosen = None if logits is None else self.sampler.choose(logits, reached, likeliest)
+            if chosen is not None and likeliest is None and self._ahead:
                 self.runner.keep(reached, chosen.tokens)
         except torch.OutOfMemoryError:
             self.scheduler.undo(batch)
             return False
         except BaseException:
-            self.scheduler.undo(batch)  # interrupted: the next step does it again
+            self.scheduler.undo(batch)  # the next step does it again, from tokens that the host has read
+            self._interrupted = True
             raise
         self.scheduler.launched(batch)
         for request in reached:

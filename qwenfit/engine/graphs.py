@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from qwenfit.kernels.triton.step_inputs import StepBuffers, fill_step
+from qwenfit.kernels.triton.step_inputs import advance, fill_step
 from qwenfit.model.decode import DecodeStep
 from qwenfit.model.kv_cache import KVCache
 from qwenfit.model.transformer import Transformer
@@ -18,18 +18,32 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 class DecodeGraphs:
     """Replays a decoding step of any size up to `max_batch`; a batch is padded to the next of SIZES.
 
-    All graphs share one pool of memory, since only one runs at a time, and one buffer of logits.
+    A step ends with the greedy choice (greedy: logits float32 [n, vocab_size] -> tokens int64 [n] in its second
+    argument). It keeps the tokens in `last`, int64 [rows], and makes its own inputs those of the next step, which is
+    then a replay and nothing else. Where others are drawn, they must be told by `take` before it.
+
+    All graphs share one pool of memory, since only one runs at a time, and one buffer of logits and of tokens.
     """
 
     def __init__(
-        self, model: Transformer, cache: KVCache, max_batch: int, max_blocks: int, device: torch.device
+        self,
+        model: Transformer,
+        cache: KVCache,
+        max_batch: int,
+        max_blocks: int,
+        device: torch.device,
+        greedy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        last: torch.Tensor,
     ) -> None:
         self.model, self.cache, self.max_blocks, self.device = model, cache, max_blocks, device
+        self._greedy, self._last = greedy, last
         self.sizes = [size for size in SIZES if size < max_batch]
         self.sizes += [size for size in SIZES if size >= max_batch][:1]
         self.pool: Any = None  # torch's handle of the memory that all graphs share
         self._recorded: dict[int, tuple[DecodeStep, torch.cuda.CUDAGraph]] = {}
+        self._batch = self._size = 0  # of the last step
         self._logits = torch.empty(self.sizes[-1], model.config.vocab_size, device=device)
+        self._tokens = torch.empty(self.sizes[-1], dtype=torch.int64, device=device)
 
     def fits(self, batch: int) -> bool:
         return batch <= self.sizes[-1]
@@ -40,27 +54,47 @@ class DecodeGraphs:
             self._record(size)
 
     def run(
-        self, numbers: torch.Tensor, block_tables: torch.Tensor, last: torch.Tensor, alphas: Sequence[float]
-    ) -> torch.Tensor:
-        """float32 logits [batch, vocab_size], valid until the next call.
+        self, numbers: torch.Tensor, block_tables: torch.Tensor, alphas: Sequence[float]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 logits [batch, vocab_size] and the greedy tokens int64 [batch], valid until the next step.
 
-        numbers, block_tables and last as `fill_step` takes them; alphas: the NTK alpha of each request.
+        numbers and block_tables as `fill_step` takes them; alphas: the NTK alpha of each request.
         """
-        batch = numbers.shape[1]
-        size = next(size for size in self.sizes if size >= batch)
-        step, graph = self._recorded[size]
-        buffers = StepBuffers(step.input_ids, step.positions, step.slots, step.context_lens, step.block_tables)
-        fill_step(buffers, numbers, block_tables, last)
+        self._batch = numbers.shape[1]
+        self._size = next(size for size in self.sizes if size >= self._batch)
+        step, _ = self._recorded[self._size]
+        fill_step(step.buffers, numbers, block_tables, self._last)
         step.set_alphas(alphas)
+        return self.run_next()
+
+    def run_next(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for the step after the last one: of the same sequences, each with the token that was chosen."""
+        _, graph = self._recorded[self._size]
         graph.replay()
-        return self._logits[:batch]
+        return self._logits[: self._batch], self._tokens[: self._batch]
+
+    def take(self, tokens: torch.Tensor) -> None:
+        """Tokens int64 [batch] that the sequences of the last step get in place of the greedy ones; -1 counts as 0."""
+        buffers = self._recorded[self._size][0].buffers
+        chosen = tokens.clamp(min=0)
+        buffers.input_ids[: self._batch].copy_(chosen)
+        self._last.index_copy_(0, buffers.rows[: self._batch], chosen)
 
     def _record(self, size: int) -> None:
         step = DecodeStep(self.model, self.cache, size, self.max_blocks, self.device)
-        step.run()  # compiles the kernels; all rows are padding, so the cache is left alone
+        self._run(step)  # compiles the kernels; all rows are padding, so the cache is left alone
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.graph(graph, pool=self.pool):
-            step.run(self._logits[:size])
+        with torch.cuda.graph(graph, pool=self.pool):
+            self._run(step)
         self.pool = graph.pool()
         self._recorded[size] = step, graph
+
+    @torch.inference_mode()
+    def _run(self, step: DecodeStep) -> None:
+        """What a graph records."""
+        size = len(step.buffers.input_ids)
+        logits, tokens = self._logits[:size], self._tokens[:size]
+        step.run(logits)
+        self._greedy(logits, tokens)
+        advance(step.buffers, tokens, self._last, self.cache.block_size)

@@ -42,6 +42,11 @@ class Request:
     blocks_in_table: int = 0
     in_penalties: bool = False  # whether they keep its tokens
 
+    _plain: bool = field(init=False)  # greedy, and neither bias nor penalties change the logits
+
+    def __post_init__(self) -> None:
+        self._plain = self.params.greedy and not (self.params.logit_bias or self.params.penalised)
+
     @property
     def length(self) -> int:
         """Tokens so far, pending ones included."""
@@ -50,3 +55,8 @@ class Request:
     @property
     def num_generated(self) -> int:
         return self.length - self.prompt_length
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the next token is the likeliest by the logits as the network gives them; once so, always so."""
+        return self._plain and self.num_generated >= self.params.min_tokens

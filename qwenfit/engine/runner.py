@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -63,8 +65,29 @@ def _whole(request: Request) -> bool:
     return request.scheduled == request.length and not request.pending and request.alpha == 1.0
 
 
+@dataclass(slots=True)
+class Ready:
+    """The step that the inputs of a graph stand for: the next token of the same requests."""
+
+    requests: list[Request]
+    computed: list[int]  # tokens of each then
+
+    def is_for(self, requests: list[Request]) -> bool:
+        """Whether it is the step of `requests`, all of whose blocks the graph knows.
+
+        A request that has been let in again has none of its blocks in the tables.
+        """
+        return self.requests == requests and all(
+            request.computed == computed and request.blocks_in_table == len(request.blocks)
+            for request, computed in zip(requests, self.computed, strict=True)
+        )
+
+
 class Runner:
-    """Keeps a block table row for each request that runs, so that a step writes only what is new in it."""
+    """Keeps a block table row for each request that runs, so that a step writes only what is new in it.
+
+    greedy: the choice with which a recorded step ends, as `DecodeGraphs` takes it.
+    """
 
     def __init__(
         self,
@@ -75,12 +98,16 @@ class Runner:
         max_batched_tokens: int,
         max_model_len: int,
         device: torch.device,
+        greedy: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
         self.model = model
         self.cache = cache
         self.block_size = cache.block_size
         self.device = device
+        self._greedy = greedy
         self._graphs: DecodeGraphs | None = None
+        self._ready: Ready | None = None  # None: the next step's inputs come from the host
+        self._drawn: list[Request] = []  # of the last step, a graph's, where it is for the sampler to choose
         self._prompts: PromptGraphs | None = None
         self._transformer: Transformer | None = None  # what the fused steps take; None: they are not for this model
         self._last = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)  # token by row, for those pending
@@ -117,19 +144,28 @@ class Runner:
             from qwenfit.engine.graphs import DecodeGraphs
             from qwenfit.engine.prompt_graphs import PromptGraphs
 
-            self._graphs = DecodeGraphs(model, self.cache, max_num_seqs, self._tables.shape[1], self.device)
+            self._graphs = DecodeGraphs(
+                model, self.cache, max_num_seqs, self._tables.shape[1], self.device, self._greedy, self._last
+            )
             self._graphs.record()
             self._prompts = PromptGraphs(model, self.cache, self._graphs.pool, self.device)
 
-    @torch.inference_mode()
-    def run(self, requests: list[Request]) -> Tensor | None:
+    def run(self, requests: list[Request]) -> tuple[Tensor | None, Tensor | None]:
         """Compute each request's scheduled tokens.
 
         Returns float32 logits with one row for each request that this brings to its last token, in order; None when
-        there is none (only parts of prompts).
+        there is none (only parts of prompts). Also the tokens that they take, int64, where every one takes its
+        likeliest and the device has chosen it: the next step finds it already. Both are valid until then.
         """
+        ready, self._ready = self._ready, None  # an exception leaves None
+        self._drawn = []
         if self._graphs is not None and self._graphs.fits(len(requests)) and all(map(_decodes, requests)):
-            return self._decode(self._graphs, requests)
+            return self._decode(self._graphs, requests, ready)
+        return self._compute(requests), None
+
+    @torch.inference_mode()
+    def _compute(self, requests: list[Request]) -> Tensor | None:
+        """The logits of a step with prompts in it, or of one that no graph runs."""
         first = requests[0]
         if self._prompts is not None and len(requests) == 1 and _whole(first):
             size = self._prompts.size_for(first.length)
@@ -148,25 +184,47 @@ class Runner:
 
     @torch.inference_mode()
     def keep(self, requests: list[Request], tokens: Tensor) -> None:
-        """Keep the tokens int64 [n] that `requests` were given on the device, where their next step finds them."""
-        rows = to_device(torch.tensor([request.row for request in requests]), self.device)
-        self._last[rows] = tokens.clamp(min=0)
+        """Keep the tokens int64 [n] that `requests` were given on the device, where their next step finds them.
+
+        Not for tokens that came from `run`.
+        """
+        if self._graphs is not None and self._drawn == requests:
+            self._graphs.take(tokens)
+            self._ready = Ready(requests, [request.computed + 1 for request in requests])
+        else:
+            rows = to_device(torch.tensor([request.row for request in requests]), self.device)
+            self._last[rows] = tokens.clamp(min=0)
 
     def _ids(self, numbers: Tensor) -> Tensor:
         """Token ids, where `-1 - row` stands for the pending token of the request in that row."""
         return numbers.where(numbers >= 0, self._last[(-1 - numbers).clamp_(min=0)])
 
-    def _decode(self, graphs: DecodeGraphs, requests: list[Request]) -> Tensor:
-        """The same for requests that bring one token each, as one replay of a CUDA graph."""
+    def _decode(
+        self, graphs: DecodeGraphs, requests: list[Request], ready: Ready | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`run` for requests that bring one token each, as one replay of a CUDA graph."""
+        if ready is not None and ready.is_for(requests):
+            logits, tokens = graphs.run_next()
+        else:
+            logits, tokens = self._fill_and_run(graphs, requests)
+        if not all(request.takes_likeliest for request in requests):
+            self._drawn = requests
+            return logits, None
+        self._ready = Ready(requests, [request.computed + 1 for request in requests])
+        return logits, tokens
+
+    @torch.inference_mode()
+    def _fill_and_run(self, graphs: DecodeGraphs, requests: list[Request]) -> tuple[Tensor, Tensor]:
         numbers = [
-            [-1 - request.row if request.pending else request.tokens[-1] for request in requests],
-            [request.computed for request in requests],
-            [self._slots(request.blocks, request.computed, request.computed + 1)[0] for request in requests],
-            [request.computed + 1 for request in requests],
+            *(-1 if request.pending else request.tokens[-1] for request in requests),
+            *(request.computed for request in requests),
+            *(self._slots(request.blocks, request.computed, request.computed + 1)[0] for request in requests),
+            *(request.computed + 1 for request in requests),
+            *(request.row for request in requests),
         ]
-        on_device = to_device(torch.tensor(numbers), self.device)
+        on_device = to_device(tensor_of(numbers).view(5, -1), self.device)
         tables = to_device(self._block_tables(requests).contiguous(), self.device)
-        return graphs.run(on_device, tables, self._last, [request.alpha for request in requests])
+        return graphs.run(on_device, tables, [request.alpha for request in requests])
 
     def _batch(self, requests: list[Request]) -> Batch:
         ids: list[int] = []

@@ -21,7 +21,8 @@ from qwenfit.engine.penalties import Penalties
 from qwenfit.engine.request import Request
 
 _SORTED_ROWS = 16  # sorted at once: 100 MB for Qwen's vocabulary
-_NEVER = -1e37  # a logit that is finite, as the greedy kernel wants it, and below all others
+_FEW = 64  # tokens that the GPU's kernels draw among, as the defaults of every Qwen after the first ask
+_NEVER = -1e37  # a logit that is finite, as those kernels want it, and below all others
 BLOCK = 128  # divides the rows of every Qwen's head: 151,936 and 152,064
 
 
@@ -42,16 +43,26 @@ class Sampler:
         self.vocab_size = vocab_size
         self.device = device
         self._banned = torch.tensor(banned_ids, dtype=torch.int64, device=device) if banned_ids else None
+        self._mask: Tensor | None = None  # the same as the greedy kernel wants it
+        if self._banned is not None:
+            self._mask = torch.zeros(vocab_size, dtype=torch.uint8, device=device).index_fill_(0, self._banned, 1)
         self._penalties = Penalties(max_num_seqs, max_model_len, device)
 
     @torch.inference_mode()
-    def choose(self, logits: Tensor, requests: list[Request]) -> Chosen:
-        """One token for each row of `logits` (float32 [n, >= vocab_size], overwritten); the host waits for nothing."""
+    def choose(self, logits: Tensor, requests: list[Request], likeliest: Tensor | None = None) -> Chosen:
+        """One token for each row of `logits` (float32 [n, >= vocab_size], overwritten); the host waits for nothing.
+
+        likeliest: what `greedy` gave already, where every request takes that.
+        """
         params = [request.params for request in requests]
         wanted = [i for i, p in enumerate(params) if p.logprobs is not None]
         logprobs = self._rows(logits, wanted).log_softmax(-1) if wanted else None
-        if logits.is_cuda and all(p.greedy for p in params) and not any(map(_adjusts, requests)):
-            tokens = self._greedy(logits)
+        if likeliest is not None:
+            tokens = likeliest
+        elif logits.is_cuda and all(request.takes_likeliest for request in requests):
+            tokens = self.greedy(logits)
+        elif logits.is_cuda and all(0 < _kept(request) <= _FEW for request in requests):
+            tokens = self._among_few(logits, requests)
         else:
             tokens = self._general(logits, requests)
         if logprobs is None:
@@ -61,13 +72,31 @@ class Sampler:
         asked = {i: params[i].logprobs or 0 for i in wanted}
         return Chosen(tokens, asked, (chosen, *logprobs[:, : self.vocab_size].topk(count)))
 
-    def _greedy(self, logits: Tensor) -> Tensor:
-        """The GPU's kernel for greedy choice: two launches in place of ten."""
+    def greedy(self, logits: Tensor, out: Tensor | None = None) -> Tensor:
+        """The likeliest token of each row, int64 [n], -1 where it is not finite; by the GPU's kernel for just that."""
         from qwenfit.kernels.triton.greedy import greedy
 
-        if self._banned is not None:
-            logits.index_fill_(1, self._banned, _NEVER)
-        return greedy(logits, self.vocab_size)
+        return greedy(logits, self.vocab_size, self._mask, out)
+
+    def _among_few(self, logits: Tensor, requests: list[Request]) -> Tensor:
+        """`_general` where all take one of at most _FEW tokens, in few launches."""
+        self._adjust(logits, requests)
+        tokens = self._draw_few(logits, requests)
+        penalised = _penalised(requests)
+        if penalised:
+            self._penalties.append(self._rows(tokens.clamp(min=0), penalised))
+        return tokens
+
+    def _draw_few(self, logits: Tensor, requests: list[Request]) -> Tensor:
+        """Draw each row's token among at most _FEW, by the GPU's kernels for just that: no row is sorted."""
+        from qwenfit.kernels.triton.top_k import draw_top_k
+
+        knobs = [
+            (p.temperature, p.top_k, p.top_p, p.min_p, uniform(r)) if not p.greedy else (1.0, 1, 1.0, 0.0, 0.0)
+            for r, p in ((request, request.params) for request in requests)
+        ]
+        given = self._tensor(list(zip(*knobs, strict=True)), torch.float64)
+        return draw_top_k(logits, self.vocab_size, given, max(map(_kept, requests)), self._mask)
 
     def _general(self, logits: Tensor, requests: list[Request]) -> Tensor:
         logits[:, self.vocab_size :] = -math.inf
@@ -99,16 +128,23 @@ class Sampler:
         early = [(i, t) for i, r in enumerate(requests) if r.num_generated < r.params.min_tokens for t in r.stop_ids]
         if early:
             rows, ids = zip(*early, strict=True)
-            logits[self._int(rows), self._int(ids)] = -math.inf
+            logits[self._int(rows), self._int(ids)] = _NEVER
         return bool(biased or penalised or early)
 
     def _draw(self, logits: Tensor, requests: list[Request], drawn: list[int], ids: Tensor) -> None:
-        """Replace `ids` at the rows `drawn` by draws; rows with a filter go through the sorted path."""
+        """Replace `ids` at the rows `drawn` by draws; rows with a filter go through the sorted path.
+
+        On a GPU those that take one of few do not, so that they draw the same in every company.
+        """
         filtered: list[int] = []
         free: list[int] = []
+        few = [i for i in drawn if logits.is_cuda and 0 < _kept(requests[i]) <= _FEW]
         for i in drawn:
             p = requests[i].params
-            (filtered if p.top_k or p.top_p < 1 or p.min_p else free).append(i)
+            if i not in few:
+                (filtered if p.top_k or p.top_p < 1 or p.min_p else free).append(i)
+        if few:
+            ids[self._int(few)] = self._draw_few(self._rows(logits, few), [requests[i] for i in few])
         # How much of a row a filter may keep is only in the logits: a GPU sorts it all, lest the host waits to know.
         with_filter = draw_sorted if logits.is_cuda else draw_filtered
         for rows, choose in ((free, draw), (filtered, with_filter)):
@@ -148,7 +184,7 @@ class Chosen:
         self, tokens: Tensor, asked: dict[int, int] | None = None, logprobs: tuple[Tensor, Tensor, Tensor] | None = None
     ) -> None:
         """asked: row -> number of likeliest tokens; logprobs: of those rows the chosen token's, and the likeliest."""
-        self.tokens = tokens  # int64 [n]; -1 where the logits are not finite
+        self.tokens = tokens  # int64 [n]; -1 where the logits are not finite. The next step may overwrite them
         self._asked = asked or {}
         self._copies = [to_host(tensor) for tensor in (tokens, *(logprobs or ()))]
         self._event = torch.cuda.Event() if tokens.is_cuda else None  # type: ignore[no-untyped-call]
@@ -171,10 +207,9 @@ class Chosen:
         return tokens, result
 
 
-def _adjusts(request: Request) -> bool:
-    """Whether the request's logits are changed before the choice."""
-    params = request.params
-    return bool(params.logit_bias or params.penalised or request.num_generated < params.min_tokens)
+def _kept(request: Request) -> int:
+    """The most tokens that the next one is drawn among; 0: no limit."""
+    return 1 if request.params.greedy else request.params.top_k
 
 
 def _penalised(requests: list[Request]) -> list[int]:

@@ -15,6 +15,7 @@ from qwenfit.kernels.triton.int_matvec import BlockedWeight
 from qwenfit.kernels.triton.product import mlp as feed_forward
 from qwenfit.kernels.triton.product import product
 from qwenfit.kernels.triton.rotary_cache import embed_with_angles
+from qwenfit.kernels.triton.step_inputs import StepBuffers
 from qwenfit.model.kv_cache import KVCache
 from qwenfit.model.linear import Linear
 from qwenfit.model.rotary import inverse_frequencies
@@ -22,16 +23,12 @@ from qwenfit.model.transformer import Block, Transformer
 
 
 class DecodeStep:
-    """The step of `batch` sequences. Fill the buffers, then `run`; rows with slot -1 and context 0 are padding."""
+    """The step of `batch` sequences. Fill `buffers`, then `run`; rows with slot -1 and context 0 are padding."""
 
     def __init__(self, model: Transformer, cache: KVCache, batch: int, max_blocks: int, device: torch.device) -> None:
         config = model.config
         self.model, self.cache, self.device = model, cache, device
-        self.input_ids = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.positions = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.slots = torch.full((batch,), -1, dtype=torch.int64, device=device)
-        self.context_lens = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.block_tables = torch.zeros(batch, max_blocks, dtype=torch.int32, device=device)
+        self.buffers = StepBuffers.padding(batch, max_blocks, device)
         self._alphas = [1.0] * batch  # the NTK alpha that each row of `_inverse` stands for
         self._inverse = self._frequencies(1.0).repeat(batch, 1)  # float32 [batch, head_dim / 2]
         self._cos = torch.empty(batch, 1, config.head_dim, device=device)
@@ -61,8 +58,8 @@ class DecodeStep:
         model = self.model
         angles = (self._cos, self._sin, self._query_scale)
         x = embed_with_angles(
-            self.input_ids, model.embed_tokens.weight, self.positions, self._inverse, model.rotary.scaling,
-            self._training_length, angles, self._hidden,
+            self.buffers.input_ids, model.embed_tokens.weight, self.buffers.positions, self._inverse,
+            model.rotary.scaling, self._training_length, angles, self._hidden,
         )  # fmt: skip
         for index, layer in enumerate(model.layers):
             assert isinstance(layer, Block)
@@ -81,15 +78,15 @@ class DecodeStep:
             norms = (attention.q_norm.weight, attention.k_norm.weight)
         scale = None if self._training_length is None else self._query_scale
         centre = attention.key_centre if self.cache.dtype == "int8" else None
-        new = NewTokens(self._cos, self._sin, scale, norms, attention.eps, self.slots, centre, self._arrived)
+        new = NewTokens(self._cos, self._sin, scale, norms, attention.eps, self.buffers.slots, centre, self._arrived)
         norm = layer.input_layernorm
         qkv = product(x, weight_of(attention.qkv_proj), attention.qkv_proj.bias, None, norm.weight, norm.eps)
         out = decode_step_attention(
             qkv.view(len(x), -1, attention.head_dim),
             new,
             self.cache.layers[index],
-            self.block_tables,
-            self.context_lens,
+            self.buffers.block_tables,
+            self.buffers.context_lens,
             attention.head_dim**-0.5,
         )
         x = product(out, weight_of(attention.o_proj), residual=x)

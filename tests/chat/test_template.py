@@ -263,9 +263,10 @@ def test_a_warm_render_takes_a_few_milliseconds(qwen25: Tokenizer) -> None:
     assert sorted(times)[5] < 0.005  # the sixth best of 30: other work on the machine is not ours
 
 
-def test_a_hundred_thousand_messages_are_rendered(qwen25: Tokenizer) -> None:
-    ids = qwen25.apply_chat_template([{"role": "user", "content": "a"}] * 100_000)
-    assert ids.count(qwen25.special_id("<|im_start|>")) == 100_002
+def test_thirty_thousand_messages_are_rendered(qwen25: Tokenizer) -> None:
+    """A slow CPU renders some hundred thousand in the two seconds that it has, or somewhat less."""
+    ids = qwen25.apply_chat_template([{"role": "user", "content": "a"}] * 30_000)
+    assert ids.count(qwen25.special_id("<|im_start|>")) == 30_002
 
 
 def test_arguments_as_json_text_become_the_object(qwen25: Tokenizer) -> None:

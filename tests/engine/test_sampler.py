@@ -219,6 +219,39 @@ def test_no_stop_before_min_tokens():
     assert tokens[0] not in (7, 8) and tokens[1] == 7
 
 
+def test_the_kernels_for_few_tokens_draw_as_the_general_way_does():
+    pytest.importorskip("triton")
+    banned, vocab = [17, 3], 1000
+    logits = torch.randn(6, vocab + 9, generator=torch.Generator().manual_seed(3)) * 3
+    params = [
+        SamplingParams(top_k=20, top_p=0.8, temperature=0.7),
+        SamplingParams(temperature=0),
+        SamplingParams(top_k=5, repetition_penalty=1.3, min_p=0.05),
+        SamplingParams(temperature=0, presence_penalty=2.0, logit_bias={5: 4.0}),
+        SamplingParams(top_k=64, min_tokens=9),
+        SamplingParams(top_k=1, temperature=5.0),
+    ]
+    seen = set()
+    for seed in range(20):
+        requests = [request(p, row=i, seed=seed, stop_ids=[7, 8]) for i, p in enumerate(params)]
+        known = sampler(vocab, banned)
+        wanted = known._general(logits.clone(), requests)
+        for r in requests:
+            r.in_penalties = False
+        chooser = sampler(vocab, banned)
+        got = chooser._among_few(logits.clone(), requests)
+        assert got.tolist() == wanted.tolist()
+        seen.add(tuple(got.tolist()))
+        for r in requests:  # the tokens that were chosen count from now on
+            r.tokens.append(int(got[requests.index(r)]))
+        assert (
+            chooser._among_few(logits.clone(), requests).tolist() == known._general(logits.clone(), requests).tolist()
+        )
+    assert len(seen) > 10
+    logits[2, 4] = math.nan
+    assert sampler(vocab)._among_few(logits, requests)[2] == -1
+
+
 def test_padding_and_banned_rows_are_never_drawn():
     logits = torch.zeros(64, 128)
     logits[:, 100:] = 1000.0

@@ -97,13 +97,13 @@ def test_embedding_and_angles_of_decoding_tokens() -> None:
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "splits", "dim", "last"),
-    [(2, 2, 4, 16, 1), (2, 2, 4, 16, 0), (2, 2, 4, 20, 1), (2, 2, 2, 80, 0), (6, 2, 2, 16, 1), (2, 2, 1, 16, 1)],
+    ("heads", "kv_heads", "splits", "dim", "warps"),
+    [(2, 2, 4, 16, 1), (2, 2, 4, 16, 2), (2, 2, 4, 20, 4), (2, 2, 2, 80, 4), (6, 2, 2, 16, 1), (2, 2, 1, 16, 2)],
 )
 def test_the_newest_token_joins_its_sequence(
-    heads: int, kv_heads: int, splits: int, dim: int, last: int, norms: bool, quantized: bool
+    heads: int, kv_heads: int, splits: int, dim: int, warps: int, norms: bool, quantized: bool
 ) -> None:
-    lengths, config = [1, 33, 0, 16], TINY | {"last": last}
+    lengths, config = [1, 33, 0, 16], TINY | {"warps": warps}
     ours, theirs = filled(kv_heads, dim, 40, quantized), filled(kv_heads, dim, 40, quantized)
     tables = torch.randperm(40, generator=torch.Generator().manual_seed(0)).view(4, 10).int().to(DEVICE)
     context = torch.tensor(lengths, device=DEVICE)

@@ -9,7 +9,7 @@ from tests.kernels.triton_cases import DEVICE, error, random
 
 pytest.importorskip("triton")
 from qwenfit.config import ModelConfig
-from qwenfit.kernels.triton.greedy import advance, greedy, greedy_reference
+from qwenfit.kernels.triton.greedy import greedy, greedy_reference
 from qwenfit.kernels.triton.int_matvec import pack_blocked, unpack_blocked
 from qwenfit.model.batch import Chunk, make_batch
 from qwenfit.model.decode import DecodeStep
@@ -91,12 +91,12 @@ def test_a_step_on_the_gpu_is_a_step_of_the_network(config: ModelConfig, kv: str
     expected = theirs.logits(theirs(make_batch(new, 4), expected_cache))
 
     step = DecodeStep(ours.to(DEVICE), cache_of_step, 3, 8, torch.device(DEVICE))
-    step.input_ids[:2] = torch.tensor([11, 13])
-    step.positions[:2] = torch.tensor([5, 17])
-    step.slots[:2] = torch.tensor([1 * 4 + 1, 7 * 4 + 1])
-    step.context_lens[:2] = torch.tensor([6, 18])
+    step.buffers.input_ids[:2] = torch.tensor([11, 13])
+    step.buffers.positions[:2] = torch.tensor([5, 17])
+    step.buffers.slots[:2] = torch.tensor([1 * 4 + 1, 7 * 4 + 1])
+    step.buffers.context_lens[:2] = torch.tensor([6, 18])
     for row, table in enumerate(tables):
-        step.block_tables[row, : len(table)] = torch.tensor(table)
+        step.buffers.block_tables[row, : len(table)] = torch.tensor(table)
     step.set_alphas(alphas)
     logits = step.run()
     assert error(logits[:2].cpu(), expected) < (2e-3 if kv == "int8" else 1e-4)
@@ -115,11 +115,17 @@ def test_greedy_takes_the_first_largest_real_token() -> None:
     assert greedy(logits, 2049)[0] == 7 and greedy(logits, 2049)[3] == -1
 
 
-def test_the_next_step_follows_the_block_table() -> None:
-    tokens = torch.tensor([5, 6, 7], device=DEVICE)
-    ids, positions = torch.zeros(3, dtype=torch.int64, device=DEVICE), torch.tensor([3, 6, 0], device=DEVICE)
-    slots, context = torch.tensor([3, 10, -1], device=DEVICE), torch.tensor([4, 7, 0], device=DEVICE)
-    tables = torch.tensor([[0, 9], [4, 2], [0, 0]], dtype=torch.int32, device=DEVICE)
-    advance(tokens, ids, positions, slots, context, tables, 4)
-    assert ids.tolist() == [5, 6, 0] and positions.tolist() == [4, 7, 0]
-    assert slots.tolist() == [9 * 4, 2 * 4 + 3, -1] and context.tolist() == [5, 8, 0]
+@pytest.mark.parametrize("vocab", [2049, 2048, 3])
+def test_greedy_never_takes_what_is_banned(vocab: int) -> None:
+    """Whatever its logit is; the others' must be finite."""
+    logits = random(5, 4100)
+    banned = torch.zeros(vocab, dtype=torch.uint8, device=DEVICE)
+    banned[[0, vocab - 1]] = 1
+    logits[0, vocab - 1] = 50
+    logits[1, 0] = torch.nan
+    logits[2, 0] = torch.inf
+    logits[3, 1] = -torch.inf
+    out = torch.full((5,), 777, device=DEVICE)
+    assert greedy(logits, vocab, banned, out) is out
+    assert out.tolist() == greedy_reference(logits, vocab, banned).tolist()
+    assert out[3] == -1 and out.tolist().count(-1) == 1 and not {0, vocab - 1} & set(out.tolist())

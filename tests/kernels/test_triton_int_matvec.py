@@ -6,7 +6,7 @@ import torch
 from tests.kernels.triton_cases import DEVICE, error, poisoned, random
 
 pytest.importorskip("triton")
-from qwenfit.bench.gpu_kernels import SHAPES, held_configs, once_each
+from qwenfit.bench.gpu_kernels import SHAPES, int_configs, once_each
 from qwenfit.kernels.triton.int_matvec import int_matvec, int_matvec_reference, pack_blocked, unpack_blocked
 from qwenfit.kernels.triton.layout import pack_codes, unpack_codes
 from qwenfit.quantize.types import QuantizedWeight
@@ -109,13 +109,15 @@ def test_x_is_held_in_chunks(bits: int, out: int, inputs: int, group: int, zeros
 
 
 @pytest.mark.parametrize("model", SHAPES)
-def test_few_kernels_are_compiled_to_choose_from_and_a_card_holds_their_programs(model: str) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_few_kernels_are_compiled_to_choose_from_and_a_card_holds_their_programs(bits: int, model: str) -> None:
     for inputs, out, *_ in SHAPES[model]:
-        configs = list(held_configs(inputs // 8, out, cores=132))
-        assert 2 <= len(once_each(configs)) <= 14
+        configs = list(int_configs(bits, inputs, out, 1, cores=132))
+        assert 2 <= len(once_each(configs)) <= 42
         for config in configs:
-            threads = 32 * config["warps"] * config["programs"]
-            assert threads * config["registers"] <= 132 * 65536
+            assert config["warps"] * config["programs"] <= 132 * 16
+            held = config["rows"] * config["words"] // (32 * config["warps"])  # words of a thread, and of its next tile
+            assert 32 * config["warps"] * (2 * held + 60) * config["programs"] // 132 <= 1.5 * 65536
 
 
 @pytest.mark.parametrize("early", [0, 1])
@@ -124,7 +126,7 @@ def test_a_held_x_meets_several_tiles(gated: bool, early: int) -> None:
     packed = pack_blocked(quantized(4, 14, 288, 32, "whole"), torch.float32, DEVICE)  # 36 words, 14 rows: 4 tiles
     assert packed is not None
     x, norm = random(2, 288) * 3, random(288) * 0.1 + 1
-    config = SMALL | {"words": 16, "programs": 2, "hold": 1, "early": early, "ahead": 2}
+    config = SMALL | {"words": 16, "programs": 2, "hold": 1, "early": early}
     y = int_matvec(x, packed, norm=norm, gated=gated, out=poisoned(2, 7 if gated else 14), config=config)
     assert error(y, int_matvec_reference(x, packed, norm=norm, gated=gated)) < 3e-4
 

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from qwenfit.kernels.attention import LayerCache
 from qwenfit.kernels.kv_quant import dequantize_kv
-from qwenfit.kernels.triton.decode_heads import ARRIVED_STRIDE, _attend_heads, merge_splits, split_length
+from qwenfit.kernels.triton.decode_heads import ARRIVED_STRIDE, _attend_heads, merge_parts, split_length
 from qwenfit.kernels.triton.launch import INTERPRETED, options, start_after_previous
 from qwenfit.kernels.triton.tuning import tuned
 
@@ -130,10 +130,14 @@ def _run(
     splits = splits or config.get("splits") or num_splits(batch, kv_heads, q.device)
     if out is None:
         out = torch.empty(batch, heads * head_dim, dtype=q.dtype, device=q.device)
+    vector = _vector(size, head_dim)
+    lanes = triton.next_power_of_2(head_dim // vector)
+    tokens = max(1, 32 * config["warps"] // lanes)  # that the threads of a program read at once, where heads are alone
+    parts = min(config["warps"], tokens) if heads == kv_heads and splits > 1 else 1  # that a program stores
     partial, lse = out, out
     if splits > 1:
-        partial = torch.empty(batch, heads, splits, head_dim, dtype=torch.float32, device=q.device)
-        lse = torch.empty(batch, heads, splits, dtype=torch.float32, device=q.device)
+        partial = torch.empty(batch, heads, splits * parts, head_dim, dtype=torch.float32, device=q.device)
+        lse = torch.empty(batch, heads, splits * parts, dtype=torch.float32, device=q.device)
     q_norm, k_norm = (new.head_norms if new else None) or (None, None)
     operands = (
         q, new and new.cos, new and new.sin, new and new.query_scale, q_norm, k_norm, new and new.slots,
@@ -148,13 +152,8 @@ def _run(
     scale, eps, stride = scale * 1.4426950408889634, new.eps if new else 0.0, block_tables.stride(0)
     grid = (splits, kv_heads, batch)
     if heads == kv_heads:
-        vector = _vector(size, head_dim)
-        lanes = triton.next_power_of_2(head_dim // vector)
-        tokens = max(1, 32 * config["warps"] // lanes)  # that the threads of a program read at once
-        rounds = max(1, config["tokens"] // tokens)
-        tile, in_place = rounds * tokens, bool(config.get("last", 1))
         arrived = None  # where nothing is split, given or not: it is one kernel
-        if splits > 1 and in_place:
+        if splits > 1:
             arrived = new.arrived if new else None
             arrived = arrival_counters(batch * heads, q.device) if arrived is None else arrived
         key, value, key_affine, value_affine = cache.key, cache.value, None, None
@@ -164,23 +163,20 @@ def _run(
         _attend_heads[grid](
             *operands, key, value, key_affine, value_affine, block_tables, context_lens, partial, lse, arrived, out,
             scale, eps, stride, 0,
-            LAST_MERGES=in_place, ROUNDS=rounds, TOKENS=tokens, LANES=lanes, VECTOR=vector, PIECE=min(8, vector),
-            INTERPRETED=INTERPRETED, **shared,
+            PARTS=parts, ROUNDS=max(1, config["tokens"] // tokens), TOKENS=tokens, LANES=lanes, VECTOR=vector,
+            PIECE=min(8, vector), INTERPRETED=INTERPRETED, **shared,
         )  # fmt: skip
-        if in_place:
-            return out
-    else:
-        tile, group = config["tokens"], heads // kv_heads
-        _attend_groups[grid](
-            *operands, cache.key, cache.value, cache.key_affine, cache.value_affine, block_tables, context_lens,
-            partial, lse, scale, eps, stride, TILE=tile, KV_HEADS=kv_heads, GROUP=group,
-            GROUP_TILE=max(16, triton.next_power_of_2(group)), **shared,
-        )  # fmt: skip
+        return out
+    group = heads // kv_heads
+    _attend_groups[grid](
+        *operands, cache.key, cache.value, cache.key_affine, cache.value_affine, block_tables, context_lens,
+        partial, lse, scale, eps, stride, TILE=config["tokens"], KV_HEADS=kv_heads, GROUP=group,
+        GROUP_TILE=max(16, triton.next_power_of_2(group)), **shared,
+    )  # fmt: skip
     if splits > 1:
         _merge[(heads, batch)](
-            partial, lse, context_lens, out, SPLITS=splits, TILE=tile, DIM=head_dim,
-            LANES=triton.next_power_of_2(head_dim), HEADS=heads, ALONE=1 if heads == kv_heads else -1, num_warps=4,
-            **options(q),
+            partial, lse, context_lens, out, SPLITS=splits, TILE=config["tokens"], DIM=head_dim,
+            LANES=triton.next_power_of_2(head_dim), HEADS=heads, num_warps=4, **options(q),
         )  # fmt: skip
     return out
 
@@ -362,11 +358,10 @@ def _attend_groups(
 def _merge(
     partial_ptr, lse_ptr, context_ptr, out_ptr,
     SPLITS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr, HEADS: tl.constexpr,
-    ALONE: tl.constexpr, OVERLAP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     head, row = tl.program_id(0), tl.program_id(1)
     context = tl.load(context_ptr + row).to(tl.int32)
     used = tl.cdiv(context, tl.maximum(split_length(context, SPLITS, TILE), 1))
     start_after_previous(OVERLAP)
-    if used > ALONE:
-        merge_splits(partial_ptr, lse_ptr, out_ptr, row * HEADS + head, used, SPLITS, DIM, LANES)
+    merge_parts(partial_ptr, lse_ptr, out_ptr, row * HEADS + head, used, SPLITS, DIM, LANES)

@@ -28,20 +28,34 @@ def split_length(context, SPLITS: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def merge_splits(
-    partial_ptr, lse_ptr, out_ptr, row_head, used, SPLITS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr
+def merge_parts(
+    partial_ptr, lse_ptr, out_ptr, row_head, used, PARTS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr
 ):
-    """The output of a head from those of its first `used` splits, always summed in the same order."""
-    split = tl.arange(0, SPLITS)
+    """The output of a head from those of its first `used` parts, always summed in the same order."""
+    AT_ONCE: tl.constexpr = min(PARTS, 64)
     d = tl.arange(0, LANES)
-    place = row_head * SPLITS + split
-    lse = tl.load(lse_ptr + place, mask=split < used, other=-1e30, cache_modifier=".cg")
-    weight = tl.where(split < used, tl.exp2(lse - tl.max(lse, axis=0)), 0.0)
-    some = (split < used)[:, None] & (d < DIM)[None, :]
-    partial = tl.load(partial_ptr + place.to(tl.int64)[:, None] * DIM + d[None, :], mask=some, other=0.0,
-                      cache_modifier=".cg")  # fmt: skip
-    result = tl.sum(partial * weight[:, None], axis=0) / tl.maximum(tl.sum(weight, axis=0), 1e-30)
+    place = row_head.to(tl.int64) * PARTS
+    partial = _partial(partial_ptr, place, 0, d, used, AT_ONCE, DIM)  # asked for before anything waits
+    part = tl.arange(0, PARTS)
+    lse = tl.load(lse_ptr + place + part, mask=part < used, other=-1e30, cache_modifier=".cg")
+    top = tl.max(lse, axis=0)
+    total = tl.sum(tl.where(part < used, tl.exp2(lse - top), 0.0), axis=0)
+    sums = tl.zeros([LANES], tl.float32)
+    for first in tl.static_range(0, PARTS, AT_ONCE):
+        if first > 0:
+            partial = _partial(partial_ptr, place, first, d, used, AT_ONCE, DIM)
+        part = first + tl.arange(0, AT_ONCE)
+        lse = tl.load(lse_ptr + place + part, mask=part < used, other=-1e30, cache_modifier=".cg")
+        sums += tl.sum(partial * tl.exp2(lse - top)[:, None], axis=0)
+    result = sums / tl.maximum(total, 1e-30)
     tl.store(out_ptr + row_head * DIM + d, result.to(out_ptr.dtype.element_ty), mask=d < DIM)
+
+
+@triton.jit
+def _partial(partial_ptr, place, first, d, used, AT_ONCE: tl.constexpr, DIM: tl.constexpr):
+    part = first + tl.arange(0, AT_ONCE)
+    some = (part < used)[:, None] & (d < DIM)[None, :]
+    return tl.load(partial_ptr + (place + part)[:, None] * DIM + d[None, :], mask=some, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -268,7 +282,7 @@ def _attend_heads(
     partial_ptr, lse_ptr, arrived_ptr, out_ptr,
     scale, eps, table_stride, nought,
     FUSED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_CENTRE: tl.constexpr,
-    SPLITS: tl.constexpr, LAST_MERGES: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr,
+    SPLITS: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr,
     ROUNDS: tl.constexpr, TOKENS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, PIECE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, QUANTIZED: tl.constexpr, INTERPRETED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -363,21 +377,20 @@ def _attend_heads(
             k, key_affine, v, value_affine, block = next_k, next_key_affine, next_v, next_value_affine, next_block
         _finish(
             state, partial_ptr, lse_ptr, arrived_ptr, out_ptr, split, row * HEADS + head,
-            tl.cdiv(context, tl.maximum(length, 1)), SPLITS, LAST_MERGES, DIM, LANES, TOKENS, VECTOR, QUANTIZED,
+            tl.cdiv(context, tl.maximum(length, 1)), SPLITS, PARTS, DIM, LANES, TOKENS, VECTOR, QUANTIZED,
         )  # fmt: skip
 
 
 @triton.jit
 def _finish(
     state, partial_ptr, lse_ptr, arrived_ptr, out_ptr, split, row_head, used,
-    SPLITS: tl.constexpr, LAST_MERGES: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr,
-    TOKENS: tl.constexpr, VECTOR: tl.constexpr, QUANTIZED: tl.constexpr,
+    SPLITS: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr, TOKENS: tl.constexpr,
+    VECTOR: tl.constexpr, QUANTIZED: tl.constexpr,
 ):  # fmt: skip
-    """Sum a part over its tokens and store it; the part of a head that comes last merges them all."""
+    """Sum over the tokens and store. Where a sequence is split, each warp stores a part of its own, since waiting for
+    the others costs more than their bytes; and the program of a head that comes last merges them all.
+    """
     top, total, weights, offsets, acc = state
-    highest = tl.max(top, axis=1, keep_dims=True)
-    weight = tl.exp2(top - highest)
-    total_of_all = tl.sum(total * weight, axis=1, keep_dims=True)  # [1, 1, 1]
     if QUANTIZED:
         parts = ()
         for byte in tl.static_range(4):
@@ -386,22 +399,23 @@ def _finish(
         x = tl.permute(pairs, (0, 1, 2, 3, 5, 4)).reshape([LANES, TOKENS, 1, VECTOR])
     else:
         x = acc[0]
-    sums = tl.sum(x * weight[:, :, :, None], axis=1) / tl.maximum(total_of_all, 1e-30)  # [LANES, 1, VECTOR]
-    result = sums.reshape([LANES, VECTOR])
-    column = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    alone = used <= 1
-    if SPLITS == 1 or alone:
-        tl.store(out_ptr + row_head * DIM + column, result.to(out_ptr.dtype.element_ty), mask=column < DIM)
+    EACH: tl.constexpr = TOKENS // PARTS  # of the tokens that a program reads at once, those that a part sums over
+    tops, totals = top.reshape([1, PARTS, EACH]), total.reshape([1, PARTS, EACH])
+    highest = tl.max(tops, axis=2, keep_dims=True)
+    weight = tl.exp2(tops - highest)
+    total_of_part = tl.sum(totals * weight, axis=2)  # [1, PARTS]
+    sums = tl.sum(x.reshape([LANES, PARTS, EACH, VECTOR]) * weight[:, :, :, None], axis=2)  # [LANES, PARTS, VECTOR]
+    column = tl.arange(0, LANES)[:, None, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+    result = sums / tl.maximum(total_of_part, 1e-30)[:, :, None]
+    if SPLITS == 1:
+        part = tl.arange(0, PARTS)[None, :, None]
+        tl.store(out_ptr + row_head * DIM + column + part, result.to(out_ptr.dtype.element_ty), mask=column < DIM)
     else:
-        place = (row_head * SPLITS + split).to(tl.int64) * DIM
-        tl.store(partial_ptr + place + column, result, mask=column < DIM)
-    if SPLITS > 1:  # noqa: SIM102 (one is known as the kernel is compiled, the other is not)
-        if not alone:
-            lse = tl.sum((highest + tl.log2(total_of_all)).reshape([1]), axis=0)
-            tl.store(lse_ptr + row_head * SPLITS + split, lse)
-            if LAST_MERGES:
-                tl.debug_barrier()  # all stores of this program come before the count says so
-                counter = arrived_ptr + row_head * ARRIVED_STRIDE
-                if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == used - 1:
-                    tl.store(counter, 0)
-                    merge_splits(partial_ptr, lse_ptr, out_ptr, row_head, used, SPLITS, DIM, LANES * VECTOR)
+        place = (row_head.to(tl.int64) * SPLITS + split) * PARTS + tl.arange(0, PARTS)[None, :]
+        tl.store(partial_ptr + place[:, :, None] * DIM + column, result, mask=column < DIM)
+        tl.store(lse_ptr + place, highest.reshape([1, PARTS]) + tl.log2(tl.maximum(total_of_part, 1e-30)))
+        tl.debug_barrier()  # all stores of this program come before the count says so
+        counter = arrived_ptr + row_head * ARRIVED_STRIDE
+        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") >= used - 1:
+            tl.store(counter, 0)
+            merge_parts(partial_ptr, lse_ptr, out_ptr, row_head, used * PARTS, SPLITS * PARTS, DIM, LANES * VECTOR)

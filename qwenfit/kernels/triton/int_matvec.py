@@ -145,8 +145,8 @@ def int_matvec(
     """`int_matvec_reference` in one kernel, for at most MAX_ROWS contiguous rows. `out` may be `residual`.
 
     `config`: a tile is `rows` of the weight by `words` of the input, and `programs` of `warps` share the tiles out.
-    hold: all of x stays in registers, else only if it is no longer than `words`; then also ahead: tiles asked for
-    before x is there, and registers: the most that a thread may have. early: loads come before the arithmetic.
+    hold: all of x stays in registers, else only if it is no longer than `words`; then also registers: the most that a
+    thread may have. early: loads come before the arithmetic.
     """
     rows, outputs = x.shape[0], weight.out_features // (2 if gated else 1)
     if out is None:
@@ -170,8 +170,7 @@ def int_matvec(
         EARLY=bool(config.get("early", 1)), num_warps=config["warps"], **options(x),
     )  # fmt: skip
     if chunks == 1 or config.get("hold"):
-        ahead = config.get("ahead", 0)
-        _int_matvec[(programs,)](*arguments, CHUNKS=chunks, AHEAD=ahead, maxnreg=config.get("registers"), **constants)
+        _int_matvec[(programs,)](*arguments, CHUNKS=chunks, maxnreg=config.get("registers"), **constants)
     else:
         _int_matvec_in_pieces[(programs,)](*arguments, **constants)
     return out
@@ -223,13 +222,18 @@ def _max_of_quads(x):
 
 
 @triton.jit
-def _quarters(x):
-    """[4 n, rows, m] -> four tensors [n, rows, m]: the four words that a thread holds, each by itself."""
-    fours = tl.permute(x.reshape([x.shape[0] // 4, 2, 2, x.shape[1], x.shape[2]]), (0, 3, 4, 1, 2))
-    even, odd = tl.split(fours)
+def _fours(x):
+    """[..., 2, 2] -> its four tensors."""
+    even, odd = tl.split(x)
     a, c = tl.split(even)
     b, d = tl.split(odd)
     return a, b, c, d
+
+
+@triton.jit
+def _quarters(x):
+    """[4 n, rows, m] -> four tensors [n, rows, m]: the four words that a thread holds, each by itself."""
+    return _fours(tl.permute(x.reshape([x.shape[0] // 4, 2, 2, x.shape[1], x.shape[2]]), (0, 3, 4, 1, 2)))
 
 
 @triton.jit
@@ -266,13 +270,12 @@ def _norm_weights(
 
 @triton.jit
 def _sum_of_bytes(high, low, INTERPRETED: tl.constexpr):
-    """The sum of the integers of which `high` and `low` hold the bytes, over the four words that a thread holds."""
-    high_sum, low_sum = tl.zeros_like(low[0][0]), tl.zeros_like(low[0][0])
+    """The sum of the integers of which words of `high` and `low` hold the bytes."""
+    high_sum, low_sum = tl.zeros_like(low[0]), tl.zeros_like(low[0])
     ones = high_sum + 0x01010101
     for half in tl.static_range(len(high)):
-        for k in tl.static_range(4):
-            high_sum = dot_high(ones, high[half][k], high_sum, INTERPRETED)
-            low_sum = dot_low(ones, low[half][k], low_sum, INTERPRETED)
+        high_sum = dot_high(ones, high[half], high_sum, INTERPRETED)
+        low_sum = dot_low(ones, low[half], low_sum, INTERPRETED)
     return ((high_sum << 8) + low_sum).to(tl.float32)
 
 
@@ -312,14 +315,28 @@ def _in_bytes(
     for j in tl.static_range(PER_WORD):
         r = r + ((x[j] * inverse + ROUND).to(tl.int32, bitcast=True),)  # noqa: RUF005
     if BITS == 4:
-        high = (_quarters(second_bytes(r[0], r[2], r[4], r[6], INTERPRETED)),
-                _quarters(second_bytes(r[1], r[3], r[5], r[7], INTERPRETED)))  # fmt: skip
-        low = (_quarters(low_bytes(r[0], r[2], r[4], r[6], INTERPRETED)),
-               _quarters(low_bytes(r[1], r[3], r[5], r[7], INTERPRETED)))  # fmt: skip
+        high = (second_bytes(r[0], r[2], r[4], r[6], INTERPRETED), second_bytes(r[1], r[3], r[5], r[7], INTERPRETED))
+        low = (low_bytes(r[0], r[2], r[4], r[6], INTERPRETED), low_bytes(r[1], r[3], r[5], r[7], INTERPRETED))
+        sums = sum_quads(_sum_of_bytes(high, low, INTERPRETED))
+        # As one tensor: where the threads that convert are not those that multiply, it goes over in one exchange.
+        words = tl.join(tl.join(high[0], high[1]), tl.join(low[0], low[1]))  # [words, 1, M, even or odd, high or low]
+        words = words.reshape([words.shape[0] // 4, 2, 2, 1, words.shape[2], 2, 2])
+        words = tl.permute(words, (0, 3, 4, 6, 5, 1, 2))  # [quads, 1, M, high or low, even or odd, 2, 2]
+        a, b, c, d = _fours(words)
+        a, b, c, d = _fours(a), _fours(b), _fours(c), _fours(d)
+        high = ((a[0], b[0], c[0], d[0]), (a[1], b[1], c[1], d[1]))
+        low = ((a[2], b[2], c[2], d[2]), (a[3], b[3], c[3], d[3]))
     else:
-        high = (_quarters(second_bytes(r[0], r[1], r[2], r[3], INTERPRETED)),)
-        low = (_quarters(low_bytes(r[0], r[1], r[2], r[3], INTERPRETED)),)
-    return high, low, _sum_of_bytes(high, low, INTERPRETED), sum_quads(top) * (0.25 / 32767.0), sum_quads(square)
+        high = (second_bytes(r[0], r[1], r[2], r[3], INTERPRETED),)
+        low = (low_bytes(r[0], r[1], r[2], r[3], INTERPRETED),)
+        sums = sum_quads(_sum_of_bytes(high, low, INTERPRETED))
+        words = tl.join(high[0], low[0])  # [words, 1, M, high or low]
+        words = words.reshape([words.shape[0] // 4, 2, 2, 1, words.shape[2], 2])
+        words = tl.permute(words, (0, 3, 4, 5, 1, 2))  # [quads, 1, M, high or low, 2, 2]
+        a, b, c, d = _fours(words)
+        a, b, c, d = tl.split(a), tl.split(b), tl.split(c), tl.split(d)
+        high, low = ((a[0], b[0], c[0], d[0]),), ((a[1], b[1], c[1], d[1]),)
+    return high, low, sums, sum_quads(top) * (0.25 / 32767.0), sum_quads(square)
 
 
 @triton.jit
@@ -376,23 +393,6 @@ def _weight_tile(
     return words, scale, zero
 
 
-@triton.jit
-def _tile_to_l2(
-    w_ptr, tile, START: tl.constexpr, TILE_WORDS: tl.constexpr,
-    OUT: tl.constexpr, TILE_OUT: tl.constexpr, WORDS: tl.constexpr, GATED: tl.constexpr,
-):  # fmt: skip
-    """Ask for a tile's words, from START on, to be brought to the second-level cache, a sector of 32 bytes each time.
-
-    What is not there, at the weight's end, becomes the last sector.
-    """
-    row = first_row(tile, TILE_OUT, GATED) + row_in_tile(OUT, TILE_OUT, GATED)[None, :]
-    offset = row * WORDS + START + tl.arange(0, TILE_WORDS // 8)[:, None] * 8
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l",
-        [(w_ptr + tl.minimum(offset, OUT * WORDS - 8)).to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
 @triton.jit(do_not_specialize=["tiles", "programs"])
 def _int_matvec(
     x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, residual_ptr, norm_ptr, perm_ptr, y_ptr,
@@ -401,7 +401,7 @@ def _int_matvec(
     GROUP_WORDS: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
     HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr,
     HAS_PERM: tl.constexpr, GATED: tl.constexpr, INTERPRETED: tl.constexpr,
-    M: tl.constexpr, TILE_OUT: tl.constexpr, TILE_WORDS: tl.constexpr, CHUNKS: tl.constexpr, AHEAD: tl.constexpr,
+    M: tl.constexpr, TILE_OUT: tl.constexpr, TILE_WORDS: tl.constexpr, CHUNKS: tl.constexpr,
     EARLY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     # Tensors are [words or quads of words, rows of the weight, rows of x]: with the input first, Triton gives every
@@ -415,10 +415,6 @@ def _int_matvec(
         w_ptr, scale_ptr, zero_ptr, tl.program_id(0), 0, TILE_WORDS, TILE_WORDS <= WORDS,
         OUT, TILE_OUT, WORDS, GROUP_WORDS, GROUPS, HAS_ZEROS, GATED,
     )  # fmt: skip
-    if not INTERPRETED:
-        for n in tl.static_range(1, AHEAD + 1):
-            _tile_to_l2(w_ptr, tl.program_id(0) + n // CHUNKS * programs, n % CHUNKS * TILE_WORDS, TILE_WORDS,
-                        OUT, TILE_OUT, WORDS, GATED)  # fmt: skip
     norms, held = (), ()
     for c in tl.static_range(CHUNKS):
         norms = norms + (_norm_weights(norm_ptr, perm_ptr, c * TILE_WORDS + word,  # noqa: RUF005

@@ -1,0 +1,169 @@
+"""Search a model's launch parameters in whole decoding steps: `python -m qwenfit.bench.gpu_search --out FOLDER`.
+
+In a step a kernel begins beside the one before it, in the registers that are left, and its weights are asked for while
+that one ends. What is best there is not what is best in a row of one kernel, which gpu_kernels.py times. So one kernel
+after the other tries its configs in a recorded step, and keeps the best before the next one begins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from qwenfit.bench.gpu_decode import packed_of, random_model, record_graph, start
+from qwenfit.bench.gpu_kernels import COMPILERS, attention_configs, int_configs, once_each
+from qwenfit.checkpoint.resolve import resolve_model
+from qwenfit.kernels.triton import tuning
+from qwenfit.kernels.triton.launch import device_limits
+from qwenfit.model.decode import DecodeStep
+from qwenfit.model.transformer import Transformer
+
+REPLAYS = 60
+GAIN = 0.997  # of the time: what is less is noise
+GROUPED = [  # where several heads of queries share one of keys and values
+    {"tokens": tokens, "warps": warps, "splits": splits}
+    for tokens in (32, 64, 128)
+    for warps in (2, 4, 8)
+    for splits in (16, 32, 64)
+    if 16 * warps <= tokens <= 32 * warps  # more than that do not fit the registers
+]
+Trials = list[tuple[str, tuple[int, ...], list[tuning.Config]]]
+
+
+def trials(model: Transformer, precision: str, kv: str) -> Trials:
+    """The kernels of a step of one sequence, each with its shape and the configs to try; the largest first."""
+    config = model.config
+    found: Trials = []
+    if precision != "bf16":
+        bits = int(precision[3:])
+        for weight in sorted(packed_of(model), key=lambda weight: -weight.nbytes):
+            inputs, out = weight.in_features, weight.out_features
+            found.append(("int_matvec", (bits, inputs, out, 1), list(int_configs(bits, inputs, out, 1))))
+    size, groups = 1 if kv == "int8" else 2, config.num_heads // config.num_kv_heads
+    if groups == 1:
+        shape = (size, config.head_dim, config.num_heads)
+        found.append(("decode_heads", shape, list(attention_configs(kv == "int8", 1))))
+    else:
+        found.append(("decode_attention", (size, config.head_dim, groups, 1), list(GROUPED)))
+    return found
+
+
+def milliseconds(step: DecodeStep) -> float:
+    """The time of the step as the configs in force make it; leaves the step as it was."""
+    state = tuple(vars(step.buffers).values())
+    before = [tensor.clone() for tensor in state]
+    graph = record_graph(step)
+    times = []
+    for _ in range(3):
+        began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        began.record()
+        for _ in range(REPLAYS // 3):
+            graph.replay()
+        ended.record()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended) / (REPLAYS // 3))
+    for tensor, value in zip(state, before, strict=True):
+        tensor.copy_(value)
+    return float(min(times))
+
+
+def search(step: DecodeStep, kernels: Trials, seconds: float) -> dict[str, Any]:
+    """Try each kernel's configs in turn, and then once more the ten that were best of each; keep what is best."""
+    until = time.perf_counter() + seconds
+    best = first = milliseconds(step)
+    found: dict[str, tuning.Config] = {}
+    tried: dict[str, list[tuple[float, tuning.Config]]] = {}
+    for _ in range(2):
+        for kernel, shape, configs in kernels:
+            key, mine = tuning.key(kernel, shape), tuning.tuned(kernel, shape)
+            again = sorted(tried.get(key, []), key=lambda trial: trial[0])[:10]
+            tried.setdefault(key, [])
+            for config in [config for _, config in again] or configs:
+                if time.perf_counter() > until:
+                    break
+                tuning.put_in_force({key: config})
+                took = milliseconds(step)
+                tried[key].append((took, config))
+                if took < GAIN * best:
+                    best, mine, found[key] = took, config, config
+            tuning.put_in_force({key: mine})
+    return {"ms_before": first, "ms": best, "found": found, "trials": tried}
+
+
+def compile_all(step: DecodeStep, kernels: Trials, share: str) -> None:
+    """Compile one share of the configs, for the cache on disk."""
+    part, parts = map(int, share.split("/"))
+    work = [(kernel, shape, config) for kernel, shape, configs in kernels for config in once_each(configs)]
+    for kernel, shape, config in work[part::parts]:
+        tuning.put_in_force({tuning.key(kernel, shape): config})
+        try:
+            step.run()
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise SystemExit(f"{kernel} {shape} {config}: {error}") from None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the record and the configs")
+    parser.add_argument("--model", default="Qwen-1.8B")
+    parser.add_argument("--precision", default="int4")
+    parser.add_argument("--kv-cache", default="bf16")
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--seconds", type=float, default=100, help="in all")
+    parser.add_argument("--tuned", type=Path, help="configs to begin with, a file as in kernels/triton/tuned/")
+    parser.add_argument("--compile", metavar="I/N", help="only compile the I-th of N shares of what would be tried")
+    options = parser.parse_args()
+    began = time.perf_counter()
+    torch.manual_seed(0)
+    if options.tuned:
+        tuning.put_in_force(json.loads(options.tuned.read_text())["configs"])
+    config = resolve_model(options.model)
+    if options.compile:
+        config = replace(config, num_layers=1)
+    model = random_model(config, options.precision)
+    kernels = trials(model, options.precision, options.kv_cache)
+    step = start(model, options.kv_cache, options.context, 4 * REPLAYS, 1)
+    if options.compile:
+        compile_all(step, kernels, options.compile)
+        return
+    command = [sys.executable, "-m", "qwenfit.bench.gpu_search", *sys.argv[1:], "--compile"]
+    running = [subprocess.Popen([*command, f"{part}/{COMPILERS}"]) for part in range(COMPILERS)]
+    for process in running:
+        process.wait()
+    compiled = time.perf_counter() - began
+    result = search(step, kernels, options.seconds - compiled)
+    record = {
+        "kind": "gpu search",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": "python -m qwenfit.bench.gpu_search " + " ".join(sys.argv[1:]),
+        "hardware": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
+        "limits": device_limits(),
+        **result,
+        "seconds": {"compiling": compiled, "all": time.perf_counter() - began},
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "gpu-search.json").write_text(json.dumps(record, indent=1) + "\n")
+    tables = {"cards": [torch.cuda.get_device_name()], "configs": tuning.in_force() | result["found"]}
+    (options.out / "tuned.json").write_text(tuning.as_text(tables))
+    print(f"{options.model} {options.precision}: {result['ms_before']:.4f} -> {result['ms']:.4f} ms; ", end="")
+    print(f"{compiled:.0f} s compiling, {time.perf_counter() - began:.0f} s in all")
+    for key, config in result["found"].items():
+        ordered = sorted(result["trials"][key], key=lambda trial: trial[0])
+        print(key, config, "of", len(ordered), "from", round(ordered[0][0], 4), "to", round(ordered[-1][0], 4))
+
+
+if __name__ == "__main__":
+    main()
