@@ -224,37 +224,37 @@ READ: dict[str, Constant] = {
 
 # What this project's own engine was measured to do on a GPU: refitted by `python -m qwenfit.bench.refit` whenever a
 # record in measurements/ is newer than the kernels.
-_DECODE = "measurements/guide-h100-*.json, 33 runs (with guide-h200-*.json and gpu-decode-h200-4.json), bench/refit.py"
-_LIMIT = "measurements/guide-h200-*.json and gpu-decode-h200-4.json: what the shares come to there, by bench/refit.py"
+_DECODE = "measurements/guide-h100-*.json, 33 runs (with rows-h200-*.json and gpu-decode-h200-5.json), bench/refit.py"
+_LIMIT = "measurements/rows-h200-*.json and gpu-decode-h200-5.json: what the shares come to there, by bench/refit.py"
 _CPU = "measurements/decode-amd-epyc-*.json and compare-amd-epyc-*.json: 0.5B to 7B on two Zen 3 cores"
 _CPU_TILES = "measurements/prefill-*.json: 0.5B to 3B, 32 to 512 tokens, on two Emerald Rapids cores"
 _CPU_TRAIN = "one step of LoRA on Qwen2.5-0.5B, 256 tokens, bf16 and fp32, one core of Emerald Rapids, by its profile"
 MEASURED: dict[str, Constant] = {
     c.name: c
     for c in (
-        Constant("qwenfit_read_plain", 0.984, "of a plain read", "16-bit weights in a decode step", _DECODE),
+        Constant("qwenfit_read_plain", 0.983, "of a plain read", "16-bit weights in a decode step", _DECODE),
         Constant(
-            "qwenfit_read_plain_rows", 0.815, "of a plain read", "16-bit weights for several requests at once", _DECODE
+            "qwenfit_read_plain_rows", 0.816, "of a plain read", "16-bit weights for several requests at once", _DECODE
         ),
         Constant("qwenfit_read_int8", 0.963, "of a plain read", "int8 weights in a decode step", _DECODE),
-        Constant("qwenfit_read_int4", 0.909, "of a plain read", "int4 weights in a decode step", _DECODE),
-        Constant("qwenfit_read_cache", 0.883, "of a plain read", "a 16-bit KV cache in a decode step", _DECODE),
-        Constant("qwenfit_read_cache_int8", 0.764, "of a plain read", "an int8 KV cache in a decode step", _DECODE),
-        Constant("qwenfit_limit_plain_rows", 3.31e12, "bytes/s", "the same on faster memory: a Hopper's cores", _LIMIT),
-        Constant("qwenfit_limit_int8", 3.61e12, "bytes/s", "int8 weights on faster memory: a Hopper's cores", _LIMIT),
-        Constant("qwenfit_limit_int4", 3.29e12, "bytes/s", "int4 weights on faster memory: a Hopper's cores", _LIMIT),
-        Constant("qwenfit_limit_cache", 3.62e12, "bytes/s", "a 16-bit cache on faster memory", _LIMIT),
-        Constant("qwenfit_limit_cache_int8", 2.9e12, "bytes/s", "an int8 cache on faster memory", _LIMIT),
+        Constant("qwenfit_read_int4", 0.912, "of a plain read", "int4 weights in a decode step", _DECODE),
+        Constant("qwenfit_read_cache", 0.876, "of a plain read", "a 16-bit KV cache in a decode step", _DECODE),
+        Constant("qwenfit_read_cache_int8", 0.762, "of a plain read", "an int8 KV cache in a decode step", _DECODE),
+        Constant("qwenfit_limit_plain_rows", 3.28e12, "bytes/s", "the same on faster memory: a Hopper's cores", _LIMIT),
+        Constant("qwenfit_limit_int8", 3.86e12, "bytes/s", "int8 weights on faster memory: a Hopper's cores", _LIMIT),
+        Constant("qwenfit_limit_int4", 3.64e12, "bytes/s", "int4 weights on faster memory: a Hopper's cores", _LIMIT),
+        Constant("qwenfit_limit_cache", 3.73e12, "bytes/s", "a 16-bit cache on faster memory", _LIMIT),
+        Constant("qwenfit_limit_cache_int8", 2.71e12, "bytes/s", "an int8 cache on faster memory", _LIMIT),
         Constant(
             "qwenfit_layer_gap",
-            9.7e-6,
+            11.6e-6,
             "s per layer and step",
-            "what the six kernels of a layer take beyond their bytes, in a CUDA graph",
+            "what the five or six kernels of a layer take beyond their bytes, in a CUDA graph",
             _DECODE,
         ),
         Constant(
             "qwenfit_step_host",
-            0.094e-3,
+            0.031e-3,
             "s per step",
             "scheduling, copying the step's numbers, sampling: what the engine adds to the graph",
             _DECODE,

@@ -62,7 +62,8 @@ def test_longer_or_more_samples_or_a_higher_rank_never_need_less(
     for change in ({"seq_len": length + more}, {"micro_batch": batch + more}, {"lora_rank": 64 + more}):
         assert train(model, stack, method, **sizes | change).memory.process >= base.memory.process
     slower = train(model, stack, method, **sizes | {"seq_len": length + more})
-    assert slower.speed.seconds_per_iter >= base.speed.seconds_per_iter  # type: ignore[operator]
+    # Samples of another length may come to passes that fill the card better, by some per mille.
+    assert slower.speed.seconds_per_iter >= 0.99 * base.speed.seconds_per_iter  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("stack", sorted(STACKS))

@@ -77,11 +77,12 @@ def _rule(kernel: str, shape: tuple[int, ...]) -> Config:
     rows = shape[-1]
     if kernel == "int_matvec":
         needed = shape[1] * shape[0] // 32  # words of a row
-        if rows == 1 and shape[0] == 4 and needed <= 3072:
-            words = 256 if needed <= 256 else 512 if needed <= 1536 else 1024
-            tile = {256: 16, 512: 8, 1024: 4}[words]
-            programs = _cores() * (3 if needed <= words else 2)
-            return {"rows": tile, "words": words, "warps": 4, "programs": programs, "hold": 1}
+        if rows == 1 and shape[0] == 4:
+            for words, tile in ((512, 8), (1024, 4), (256, 16)):
+                pieces = -(-needed // words)
+                if pieces <= 3 and pieces * words <= 1.5 * needed:
+                    programs = _cores() * (3 if pieces == 1 else 2)
+                    return {"rows": tile, "words": words, "warps": 4, "programs": programs, "hold": 1}
         words = min(2048, 1 << (needed - 1).bit_length())
         warps = max(1, words // 128)
         programs = _cores() * max(1, 16 // warps)
