@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,9 @@ class Penalties:
         """
         table = self._table(requests)
         longest = max(request.length for request in requests)
+        if logits.is_cuda and not any(r.params.frequency_penalty or r.params.presence_penalty for r in requests):
+            self._repetition(logits, rows, requests, longest)
+            return
         places = [(i, r.row, r.prompt_length, r.length) for i, r in zip(rows, requests, strict=True)]
         row, held, start, end = to_device(torch.tensor(places), self.device).T
         params = [request.params for request in requests]
@@ -49,6 +54,17 @@ class Penalties:
             values = values - frequency * counts - presence * (counts > 0)
         logits[row[:, None], seen] = values
         self._next = held, end
+
+    def _repetition(self, logits: Tensor, rows: list[int], requests: list[Request], longest: int) -> None:
+        """`apply` where there is no other penalty, by the GPU's kernel for just that."""
+        from qwenfit.kernels.triton.repetition import penalise_repetition
+
+        assert self._tokens is not None
+        bits = [struct.unpack("q", struct.pack("d", r.params.repetition_penalty))[0] for r in requests]
+        numbers = [rows, [r.row for r in requests], [r.length for r in requests], bits]
+        given = to_device(torch.tensor(numbers), self.device)
+        penalise_repetition(logits, self._tokens, given, longest)
+        self._next = given[1], given[2]
 
     def append(self, tokens: Tensor) -> None:
         """What was chosen for the requests of the last `apply`, int64 [requests]: their next step finds it there."""

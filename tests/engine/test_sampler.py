@@ -158,6 +158,29 @@ def test_penalties_follow_the_answer_as_it_grows():
     assert made.count(0) == 3 and made.count(2) == 1
 
 
+def test_the_kernel_for_repetition_does_as_the_general_way_does():
+    pytest.importorskip("triton")
+    generator = torch.Generator().manual_seed(4)
+    params = [SamplingParams(repetition_penalty=1.3), SamplingParams(repetition_penalty=0.8)]
+    requests = [request(params[0], row=2), request(params[1], prompt=[4, 1], answer=[], row=0)]
+    ours, theirs = sampler()._penalties, sampler()._penalties
+    for token in (7, 9, 7):  # each is one more that counts
+        logits = torch.randn(3, VOCAB, generator=generator)
+        wanted = logits.clone()
+        theirs.apply(wanted, [2, 0], requests)
+        for r in requests:
+            r.in_penalties = False
+        ours._table(requests)
+        ours._repetition(logits, [2, 0], requests, max(r.length for r in requests))
+        assert torch.allclose(logits, wanted, rtol=1e-6) and not torch.equal(logits[0], logits[1])
+        for penalties in (ours, theirs):
+            penalties.append(torch.tensor([token, token + 1]))
+        for r, chosen in zip(requests, (token, token + 1), strict=True):
+            assert ours._tokens[r.row, r.length] == theirs._tokens[r.row, r.length] == chosen
+        for r, chosen in zip(requests, (token, token + 1), strict=True):
+            r.tokens.append(chosen)
+
+
 class Launches(TorchDispatchMode):
     """The names of the operations on tensors."""
 
