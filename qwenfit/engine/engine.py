@@ -95,7 +95,7 @@ class Engine:
             greedy=self.sampler.greedy,
         )
         if device.type == "cuda":
-            self.sampler.choose(torch.zeros(1, config.vocab_size, device=device), [])  # compiles the greedy kernel
+            self.sampler.compile(config.vocab_size)
         self._ahead = int(device.type == "cuda" if lookahead is None else lookahead)
         self._flights: deque[Flight] = deque()  # at most one between steps, two within one
         self._interrupted = False  # whether the last launch was: what the device keeps may be of that step already
@@ -180,7 +180,11 @@ class Engine:
             deltas += self._read()
         self._interrupted = False
         batch = self.scheduler.schedule()
-        fits = self._launch(batch) if batch else True
+        try:
+            fits = self._launch(batch) if batch else True
+        except BaseException:
+            self._ended = deltas + self._ended  # what was read must not be lost
+            raise
         while self._flights and (len(self._flights) > self._ahead or not batch or not fits):
             deltas += self._read()
         if not fits:

@@ -52,7 +52,7 @@ class SamplingParams:
         _real("top_p", self.top_p, 0.0, 1.0, open_below=True)
         _integer("top_k", self.top_k, 0, 2**31)
         _real("min_p", self.min_p, 0.0, 1.0)
-        _real("repetition_penalty", self.repetition_penalty, 0.0, 10.0, open_below=True)
+        _real("repetition_penalty", self.repetition_penalty, 0.01, 10.0)
         _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if self.seed is not None:

@@ -49,6 +49,20 @@ class Sampler:
         self._penalties = Penalties(max_num_seqs, max_model_len, device)
 
     @torch.inference_mode()
+    def compile(self, width: int) -> None:
+        """Have the kernels for logits of `width` ready that steps take: on a GPU, before the first request comes."""
+        from qwenfit.kernels.triton.repetition import penalise_repetition
+        from qwenfit.kernels.triton.top_k import draw_top_k
+
+        logits = torch.zeros(1, width, device=self.device)
+        self.greedy(logits)
+        knobs = torch.tensor([[1.0], [1.0], [1.0], [0.0], [0.0]], dtype=torch.float64, device=self.device)
+        for most in (1, _FEW):
+            draw_top_k(logits, self.vocab_size, knobs, most, self._mask)
+        given = torch.zeros(4, 1, dtype=torch.int64, device=self.device)  # of no token
+        penalise_repetition(logits, torch.zeros(1, 16, dtype=torch.int32, device=self.device), given, 16)
+
+    @torch.inference_mode()
     def choose(self, logits: Tensor, requests: list[Request], likeliest: Tensor | None = None) -> Chosen:
         """One token for each row of `logits` (float32 [n, >= vocab_size], overwritten); the host waits for nothing.
 
@@ -101,9 +115,11 @@ class Sampler:
     def _general(self, logits: Tensor, requests: list[Request]) -> Tensor:
         logits[:, self.vocab_size :] = -math.inf
         if self._banned is not None:
-            logits.index_fill_(1, self._banned, -math.inf)
+            logits.index_fill_(1, self._banned, _NEVER)
         top, ids = row_max(logits)
         finite = top.isfinite()
+        if logits.is_cuda:  # as strict as the kernels for greedy choice and for few
+            finite &= logits[:, : self.vocab_size].isfinite().all(-1)
         if self._adjust(logits, requests):
             ids = row_max(logits)[1]
         drawn = [i for i, request in enumerate(requests) if not request.params.greedy]
@@ -111,7 +127,7 @@ class Sampler:
             self._draw(logits, requests, drawn, ids)
         penalised = _penalised(requests)
         if penalised:
-            self._penalties.append(self._rows(ids, penalised))
+            self._penalties.append(self._rows(ids.clamp(min=0), penalised))
         return ids.where(finite, -1)
 
     def _adjust(self, logits: Tensor, requests: list[Request]) -> bool:
@@ -152,7 +168,11 @@ class Sampler:
                 chosen = [requests[i] for i in rows]
                 at = self._int(rows)
                 temperature, *knobs = self._floats(
-                    chosen, lambda p: p.temperature, lambda p: float(p.top_k), lambda p: p.top_p, lambda p: p.min_p
+                    chosen,
+                    lambda p: p.temperature,
+                    lambda p: float(p.top_k),
+                    lambda p: max(p.top_p, 1e-30),  # not 0 in float32: the first always stays
+                    lambda p: p.min_p,
                 )
                 picked = self._rows(logits, rows)
                 scaled = (picked - picked.amax(-1, keepdim=True)).div_(temperature[:, None])

@@ -5,6 +5,7 @@ The stand-in knows of a step what the graph's buffers say, so a wrong token, slo
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 
@@ -241,6 +242,25 @@ def test_a_choice_of_the_sampler_is_what_the_graph_goes_on_with(lookahead):
         wanted = tokens_of(run_to_end_of(fake_engine(block_size=64), [1, 2], params))
         assert tokens_of(run_to_end_of(engine, [1, 2], params)) == wanted
         assert (engine.runner._graphs.fills, engine.runner._graphs.goes_on) == ((1, 7) if lookahead else (8, 0))
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+@pytest.mark.parametrize("at", [3, 4, 6, 10])
+def test_interrupted_again_and_again_no_token_is_lost(at, times):
+    engine = recorded_engine(block_size=4)
+    prompts = [[1, 2, 3], [4, 5]]
+    ids = [engine.add(prompt, greedy(9)) for prompt in prompts]
+    deltas = [delta for _ in range(at) for delta in engine.step()]
+    for _ in range(times):
+        engine.runner.model.fail_with = KeyboardInterrupt()
+        with contextlib.suppress(KeyboardInterrupt):
+            deltas += engine.step()
+        engine.runner.model.fail_with = None
+    while engine.has_work:
+        deltas += engine.step()
+    made = by_answer(deltas)
+    check_alone(engine, made, ids, prompts, [9, 9])
+    assert all(made[request_id, 0][-1].finish_reason == "length" for request_id in ids)
 
 
 def test_ids_without_a_text_are_never_chosen():

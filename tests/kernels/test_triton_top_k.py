@@ -55,6 +55,12 @@ def test_of_equals_the_first_comes_first() -> None:
     assert draw_top_k(x, VOCAB, given, MOST).tolist() == [0, 32, 63]
 
 
+def test_the_two_zeros_are_equal() -> None:
+    x = torch.full((1, WIDTH), -3.0, device=DEVICE)
+    x[0, 20], x[0, 10] = 0.0, -0.0
+    assert draw_top_k(x, VOCAB, knobs((1, 1, 1, 0, 0.0)), 1).tolist() == [10]
+
+
 def test_banned_tokens_and_broken_rows() -> None:
     x = logits(4)
     best = x[0, :VOCAB].argmax()

@@ -54,5 +54,5 @@ def _penalise_repetition(
     for start in range(0, length, TILE):
         here = start + lane < length
         token = tl.load(tokens_ptr + start + lane, mask=here, other=0)
-        x = tl.load(before_ptr + start + lane, mask=here, other=0.0)
-        tl.store(logits_ptr + token, tl.where(x > 0, x / penalty, x * penalty), mask=here)
+        x = tl.load(before_ptr + start + lane, mask=here, other=0.0)  # rounded as torch does it, beside other penalties
+        tl.store(logits_ptr + token, tl.where(x > 0, tl.div_rn(x, penalty), x * penalty), mask=here)

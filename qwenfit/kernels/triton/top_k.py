@@ -52,7 +52,7 @@ def draw_top_k(
         HAS_BANNED=banned is not None, NEVER=NEVER, TILE=_TILE, num_warps=4, **options(logits),
     )  # fmt: skip
     _draw_of_row[(batch,)](
-        keys, bad, knobs, out, batch, parts, most, K=triton.next_power_of_2(most),
+        keys, bad, knobs, out, batch, parts, most, K=max(32, triton.next_power_of_2(most)),
         LANES=triton.next_power_of_2(parts), num_warps=8, **options(logits),
     )  # fmt: skip
     return out
@@ -71,6 +71,7 @@ def _keys_of_part(
     if HAS_BANNED:
         x = tl.where(tl.load(banned_ptr + i, mask=i < vocab, other=0) != 0, NEVER, x)
     finite = tl.abs(x) <= 3.4e38  # NaN compares false
+    x = tl.where(x == 0, 0.0, x)  # -0.0 is no less
     bits = tl.where(finite, x, -1e38).to(tl.int32, bitcast=True)
     order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
     keys = (order << 32) | (0x7FFFFFFF - i).to(tl.int64)
