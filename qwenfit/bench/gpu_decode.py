@@ -11,20 +11,19 @@ of the choices in them, so that what it brings is seen in a whole step.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import nn
 
-from qwenfit.bench.gpu_kernels import random_blocked
+from qwenfit.bench.gpu_kernels import random_blocked, record_head
 from qwenfit.bench.gpu_prefill import StoredContext, in_float32, reference_logits
 from qwenfit.checkpoint.resolve import resolve_model
 from qwenfit.config import ModelConfig
@@ -120,20 +119,28 @@ def start(model: Transformer, kv: str, context: int, tokens: int, batch: int) ->
 
 def record_graph(step: DecodeStep) -> torch.cuda.CUDAGraph:
     """A graph of: the step, greedy choice, and moving on to the next token. Leaves `step` as it was."""
-    before = {name: tensor.clone() for name, tensor in vars(step.buffers).items()}
 
     def once() -> None:
         tokens = greedy(step.run(), step.model.config.vocab_size)
         advance(step.buffers, tokens, torch.empty_like(tokens), BLOCK_SIZE)
 
-    once()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with unmoved(step):
         once()
-    for name, tensor in before.items():
-        getattr(step.buffers, name).copy_(tensor)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            once()
     return graph
+
+
+@contextmanager
+def unmoved(step: DecodeStep) -> Iterator[None]:
+    """Leave the step's inputs as they were before."""
+    tensors = tuple(vars(step.buffers).values())
+    before = [tensor.clone() for tensor in tensors]
+    yield
+    for tensor, value in zip(tensors, before, strict=True):
+        tensor.copy_(value)
 
 
 def run(name: str, precision: str, kv: str, context: int, tokens: int, batch: int, read_rate: float) -> dict[str, Any]:
@@ -291,12 +298,7 @@ def main() -> None:
             tuning.put_in_force(changed(without))
             attempt(results, run, *RUNS[i], limits["read"], without=without)
             tuning.put_in_force(best)
-    record = {
-        "kind": "gpu decode",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": "python -m qwenfit.bench.gpu_decode " + " ".join(sys.argv[1:]),
-        "hardware": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
+    record = record_head("gpu decode") | {
         "limits": limits,
         "checks": checks,
         "runs": results,

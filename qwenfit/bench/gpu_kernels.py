@@ -203,13 +203,24 @@ class Compiler:
         return 1.0
 
 
-def compile_beside(arguments: list[str], seconds: float) -> float:
-    """Compile in processes of their own what this run will measure; returns the seconds that it took.
+def record_head(kind: str) -> dict[str, Any]:
+    """What each record begins with; `kind` is the module's name in words."""
+    return {
+        "kind": kind,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": f"python -m qwenfit.bench.{kind.replace(' ', '_')} " + " ".join(sys.argv[1:]),
+        "hardware": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
+    }
+
+
+def compile_beside(module: str, arguments: list[str], seconds: float) -> float:
+    """Compile in processes of their own what this run of a module will measure; returns the seconds that it took.
 
     One that fails or is late costs time only: what it leaves out is compiled when it is measured.
     """
     began = time.perf_counter()
-    command = [sys.executable, "-m", "qwenfit.bench.gpu_kernels", *arguments, "--compile"]
+    command = [sys.executable, "-m", f"qwenfit.bench.{module}", *arguments, "--compile"]
     parts = min(COMPILERS, max(1, (os.cpu_count() or 2) - 2))
     running = [
         subprocess.Popen([*command, f"{part}/{parts}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -351,12 +362,7 @@ class Bench:
             self.add(name, f"{sequences} x {context}", us, count_of_bytes, error, config)
 
     def record(self) -> dict[str, Any]:
-        return {
-            "kind": "gpu kernels",
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": "python -m qwenfit.bench.gpu_kernels " + " ".join(sys.argv[1:]),
-            "hardware": torch.cuda.get_device_name(),
-            "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
+        return record_head("gpu kernels") | {
             "limits": self.limits,
             "rows": [asdict(row) for row in self.rows],
             "failures": self.failures,
@@ -445,7 +451,7 @@ def main() -> None:
         measure(Bench(True, Compiler(options.compile)), models, only, options.seconds)
         return
     arguments = ["--out", str(options.out), "--models", options.models, "--parts", options.parts]
-    compiling = 0.0 if options.keep else compile_beside(arguments, options.seconds * 0.55)
+    compiling = 0.0 if options.keep else compile_beside("gpu_kernels", arguments, options.seconds * 0.55)
     bench = Bench(not options.keep)
     measure(bench, models, only, options.seconds - 5 - (time.perf_counter() - began))
     options.out.mkdir(parents=True, exist_ok=True)

@@ -8,9 +8,7 @@ after the other tries its configs in a recorded step, and keeps the best before 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -18,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
-from qwenfit.bench.gpu_decode import packed_of, random_model, record_graph, start
-from qwenfit.bench.gpu_kernels import COMPILERS, attention_configs, int_configs, once_each
+from qwenfit.bench.gpu_decode import packed_of, random_model, record_graph, start, unmoved
+from qwenfit.bench.gpu_kernels import attention_configs, compile_beside, int_configs, once_each, record_head
 from qwenfit.checkpoint.resolve import resolve_model
 from qwenfit.kernels.triton import tuning
-from qwenfit.kernels.triton.launch import device_limits
+from qwenfit.kernels.triton.launch import best_seconds, device_limits
 from qwenfit.model.decode import DecodeStep
 from qwenfit.model.transformer import Transformer
 
@@ -60,22 +57,14 @@ def trials(model: Transformer, precision: str, kv: str) -> Trials:
 
 def milliseconds(step: DecodeStep) -> float:
     """The time of the step as the configs in force make it; leaves the step as it was."""
-    state = tuple(vars(step.buffers).values())
-    before = [tensor.clone() for tensor in state]
-    graph = record_graph(step)
-    times = []
-    for _ in range(3):
-        began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        began.record()
-        for _ in range(REPLAYS // 3):
-            graph.replay()
-        ended.record()
-        ended.synchronize()
-        times.append(began.elapsed_time(ended) / (REPLAYS // 3))
-    for tensor, value in zip(state, before, strict=True):
-        tensor.copy_(value)
-    return float(min(times))
+    with unmoved(step):
+        graph = record_graph(step)
+
+        def replays() -> None:
+            for _ in range(REPLAYS // 3):
+                graph.replay()
+
+        return best_seconds(replays, 3) * 1e3 / (REPLAYS // 3)
 
 
 def search(step: DecodeStep, kernels: Trials, seconds: float) -> dict[str, Any]:
@@ -93,7 +82,10 @@ def search(step: DecodeStep, kernels: Trials, seconds: float) -> dict[str, Any]:
                 if time.perf_counter() > until:
                     break
                 tuning.put_in_force({key: config})
-                took = milliseconds(step)
+                try:
+                    took = milliseconds(step)
+                except RuntimeError as error:  # of which a GPU does not recover
+                    raise SystemExit(f"{kernel} {shape} {config}: {error}") from None
                 tried[key].append((took, config))
                 if took < GAIN * best:
                     best, mine, found[key] = took, config, config
@@ -107,11 +99,7 @@ def compile_all(step: DecodeStep, kernels: Trials, share: str) -> None:
     work = [(kernel, shape, config) for kernel, shape, configs in kernels for config in once_each(configs)]
     for kernel, shape, config in work[part::parts]:
         tuning.put_in_force({tuning.key(kernel, shape): config})
-        try:
-            step.run()
-            torch.cuda.synchronize()
-        except RuntimeError as error:
-            raise SystemExit(f"{kernel} {shape} {config}: {error}") from None
+        step.run()
 
 
 def main() -> None:
@@ -138,18 +126,10 @@ def main() -> None:
     if options.compile:
         compile_all(step, kernels, options.compile)
         return
-    command = [sys.executable, "-m", "qwenfit.bench.gpu_search", *sys.argv[1:], "--compile"]
-    running = [subprocess.Popen([*command, f"{part}/{COMPILERS}"]) for part in range(COMPILERS)]
-    for process in running:
-        process.wait()
+    compile_beside("gpu_search", sys.argv[1:], options.seconds * 0.55)
     compiled = time.perf_counter() - began
     result = search(step, kernels, options.seconds - compiled)
-    record = {
-        "kind": "gpu search",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": "python -m qwenfit.bench.gpu_search " + " ".join(sys.argv[1:]),
-        "hardware": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
+    record = record_head("gpu search") | {
         "limits": device_limits(),
         **result,
         "seconds": {"compiling": compiled, "all": time.perf_counter() - began},

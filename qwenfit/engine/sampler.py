@@ -152,12 +152,14 @@ class Sampler:
 
         On a GPU those that take one of few do not, so that they draw the same in every company.
         """
+        few: list[int] = []
         filtered: list[int] = []
         free: list[int] = []
-        few = [i for i in drawn if logits.is_cuda and 0 < _kept(requests[i]) <= _FEW]
         for i in drawn:
             p = requests[i].params
-            if i not in few:
+            if logits.is_cuda and 0 < p.top_k <= _FEW:
+                few.append(i)
+            else:
                 (filtered if p.top_k or p.top_p < 1 or p.min_p else free).append(i)
         if few:
             ids[self._int(few)] = self._draw_few(self._rows(logits, few), [requests[i] for i in few])

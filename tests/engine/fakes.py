@@ -174,6 +174,15 @@ def text_of(deltas: list) -> str:
     return "".join(delta.text for delta in deltas)
 
 
+def told(made: dict[tuple[int, int], list], ids: list[int], wanted: list[SamplingParams]) -> list[tuple]:
+    """All that the answers of each request tell: tokens, text, log-probabilities and what stopped them."""
+    return [
+        (tokens_of(answer), text_of(answer), [d.logprobs for d in answer], answer[-1].stop_reason)
+        for i, params in zip(ids, wanted, strict=True)
+        for answer in (made[i, k] for k in range(params.n))
+    ]
+
+
 def assert_empty(engine: Engine) -> None:
     """Nothing of any request is left, and every block is free."""
     scheduler = engine.scheduler

@@ -20,6 +20,7 @@ from fakes import (
     text_of,
     tiny_config,
     tokens_of,
+    told,
 )
 
 from qwenfit.engine.engine import QueueFull
@@ -165,18 +166,7 @@ def test_answers_do_not_depend_on_when_tokens_are_read(monkeypatch):
         ids = [engine.add([i, 2, 3, i, 5, 6, 7], params) for i, params in enumerate(wanted)]
         made = run_to_end(engine)
         assert_empty(engine)
-        outcomes.append(
-            [
-                (
-                    tokens_of(made[i, k]),
-                    text_of(made[i, k]),
-                    [d.logprobs for d in made[i, k]],
-                    made[i, k][-1].stop_reason,
-                )
-                for i, params in zip(ids, wanted, strict=True)
-                for k in range(params.n)
-            ]
-        )
+        outcomes.append(told(made, ids, wanted))
     assert outcomes[0] == outcomes[1]
 
 

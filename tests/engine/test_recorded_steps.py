@@ -20,9 +20,9 @@ from fakes import (
     continue_alone,
     fake_engine,
     run_to_end,
-    text_of,
     tiny_config,
     tokens_of,
+    told,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -210,18 +210,7 @@ def test_every_kind_of_request_is_answered_as_without_a_graph():
                 made |= {} if together else run_to_end(engine)
             made |= run_to_end(engine)
             assert_empty(engine)
-            outcomes.append(
-                [
-                    (
-                        tokens_of(made[i, k]),
-                        text_of(made[i, k]),
-                        [d.logprobs for d in made[i, k]],
-                        made[i, k][-1].stop_reason,
-                    )
-                    for i, params in zip(ids, wanted, strict=True)
-                    for k in range(params.n)
-                ]
-            )
+            outcomes.append(told(made, ids, wanted))
     assert outcomes[0] == outcomes[2] and outcomes[1] == outcomes[3]
     assert engine.runner._graphs.goes_on > 20
 

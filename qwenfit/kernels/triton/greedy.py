@@ -45,6 +45,16 @@ def greedy(
 
 
 @triton.jit
+def real_logits(logits_ptr, banned_ptr, i, vocab, HAS_BANNED: tl.constexpr, NEVER: tl.constexpr):
+    """The logits `i` [n] of a row, what is no token or not finite below all others; and whether some are not finite."""
+    x = tl.load(logits_ptr + i, mask=i < vocab, other=-1e38)
+    if HAS_BANNED:
+        x = tl.where(tl.load(banned_ptr + i, mask=i < vocab, other=0) != 0, NEVER, x)
+    finite = tl.abs(x) <= 3.4e38  # NaN compares false
+    return tl.where(finite, x, -1e38), tl.sum(finite.to(tl.int32), axis=0) < i.shape[0]
+
+
+@triton.jit
 def _top_of_part(
     logits_ptr, banned_ptr, top_ptr, where_ptr, stride, vocab,
     HAS_BANNED: tl.constexpr, TILE: tl.constexpr, NEVER: tl.constexpr, OVERLAP: tl.constexpr,
@@ -52,11 +62,7 @@ def _top_of_part(
     start_after_previous(OVERLAP)
     part, row = tl.program_id(0), tl.program_id(1)
     i = part * TILE + tl.arange(0, TILE)
-    x = tl.load(logits_ptr + row.to(tl.int64) * stride + i, mask=i < vocab, other=-1e38)
-    if HAS_BANNED:
-        x = tl.where(tl.load(banned_ptr + i, mask=i < vocab, other=0) != 0, NEVER, x)
-    bad = tl.sum((tl.abs(x) <= 3.4e38).to(tl.int32), axis=0) < TILE  # NaN compares false
-    x = tl.where(tl.abs(x) <= 3.4e38, x, -1e38)
+    x, bad = real_logits(logits_ptr + row.to(tl.int64) * stride, banned_ptr, i, vocab, HAS_BANNED, NEVER)
     value, index = tl.max(x, axis=0, return_indices=True)
     at = row * tl.num_programs(0) + part
     tl.store(top_ptr + at, value)

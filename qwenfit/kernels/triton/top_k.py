@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qwenfit.kernels.triton.greedy import NEVER
+from qwenfit.kernels.triton.greedy import NEVER, real_logits
 from qwenfit.kernels.triton.launch import options, start_after_previous
 
 _TILE = 2048
@@ -67,16 +67,12 @@ def _keys_of_part(
     start_after_previous(OVERLAP)
     part, row = tl.program_id(0), tl.program_id(1)
     i = part * TILE + tl.arange(0, TILE)
-    x = tl.load(logits_ptr + row.to(tl.int64) * stride + i, mask=i < vocab, other=-1e38)
-    if HAS_BANNED:
-        x = tl.where(tl.load(banned_ptr + i, mask=i < vocab, other=0) != 0, NEVER, x)
-    finite = tl.abs(x) <= 3.4e38  # NaN compares false
-    x = tl.where(x == 0, 0.0, x)  # -0.0 is no less
-    bits = tl.where(finite, x, -1e38).to(tl.int32, bitcast=True)
+    x, bad = real_logits(logits_ptr + row.to(tl.int64) * stride, banned_ptr, i, vocab, HAS_BANNED, NEVER)
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)  # -0.0 is no less
     order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
     keys = (order << 32) | (0x7FFFFFFF - i).to(tl.int64)
     at = row * tl.num_programs(0) + part
-    tl.store(bad_ptr + at, (tl.sum(finite.to(tl.int32), axis=0) < TILE).to(tl.int32))
+    tl.store(bad_ptr + at, bad.to(tl.int32))
     keys_ptr += at.to(tl.int64) * most
     for rank in range(most):
         top = tl.max(keys, axis=0)
