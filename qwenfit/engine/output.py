@@ -99,25 +99,34 @@ class RequestOutput:
 
 
 def collect(prompts: list[list[int]], params: Sequence[SamplingParams], deltas: Iterable[Delta]) -> list[RequestOutput]:
-    """Join the deltas of each answer."""
-    parts: dict[tuple[int, int], list[Delta]] = {
-        (i, index): [] for i, wanted in enumerate(params) for index in range(wanted.n)
-    }
+    """Join the deltas of each answer. Only the last is kept: garbage collections would look at all of them."""
+    texts: dict[tuple[int, int], list[str]] = {}
+    tokens: dict[tuple[int, int], list[int]] = {}
+    logprobs: dict[tuple[int, int], list[TokenLogprob]] = {}
+    for i, wanted in enumerate(params):
+        for index in range(wanted.n):
+            texts[i, index], tokens[i, index], logprobs[i, index] = [], [], []
+    ends: dict[tuple[int, int], Delta] = {}
     for delta in deltas:
-        parts[delta.request_id, delta.index].append(delta)
+        key = delta.request_id, delta.index
+        texts[key].append(delta.text)
+        tokens[key] += delta.token_ids
+        logprobs[key] += delta.logprobs or ()
+        if delta.finish_reason is not None:
+            ends[key] = delta
     outputs = [RequestOutput(prompt, []) for prompt in prompts]
-    for (i, index), made in parts.items():
-        last = made[-1]
+    for key in texts:
+        last = ends[key]
         assert last.finish_reason is not None and last.stats is not None
         completion = Completion(
-            index=index,
-            text="".join(delta.text for delta in made),
-            token_ids=[token for delta in made for token in delta.token_ids],
-            logprobs=None if last.logprobs is None else [p for delta in made for p in delta.logprobs or ()],
+            index=last.index,
+            text="".join(texts[key]),
+            token_ids=tokens[key],
+            logprobs=None if last.logprobs is None else logprobs[key],
             finish_reason=last.finish_reason,
             stop_reason=last.stop_reason,
             error=last.error,
             stats=last.stats,
         )
-        outputs[i].completions.append(completion)
+        outputs[last.request_id].completions.append(completion)
     return outputs
