@@ -11,10 +11,10 @@ from hypothesis import register_random, settings
 if not Path("/dev/nvidia0").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import torch  # noqa: E402
+import torch
 
-# Random inputs are those of SEED, which a failed run prints; without one each run looks for new ones. SEED=0 is CI's: what it
-# refuses, the change broke. xdist's workers inherit it.
+# Random inputs are those of SEED, which a failed run prints; without one each run looks for new ones. SEED=0 is CI's:
+# what it refuses, the change broke. xdist's workers inherit it.
 SEED = int(os.environ.setdefault("SEED", "0" if os.environ.get("CI") == "true" else str(random.randrange(1, 10**6))))
 settings.register_profile("ci", derandomize=True, deadline=None)
 if SEED == 0:

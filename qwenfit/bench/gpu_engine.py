@@ -55,7 +55,7 @@ from qwenfit.model.batch import Chunk, make_batch
 
 NEEDS = {  # seconds of each part on one H200, in the order in which they are run
     "attention": 0, "errors": 8, "text": 20, "first_token": 9, "decode": 12, "mix_int8": 30, "mix_bf16": 40,
-    "mix_int4": 30, "steps_int8": 15, "steps_bf16": 15, "steps_int4": 15,
+    "mix_int4": 30, "mix_int8_beside": 30, "mix_bf16_beside": 40, "steps_int8": 15, "steps_bf16": 15, "steps_int4": 15,
 }  # fmt: skip
 USUAL = "attention,errors,first_token,mix_int8,mix_bf16,mix_int4"
 PAUSE = 0.15  # seconds between prompts, as a card that is never idle runs at a lower clock
@@ -212,6 +212,8 @@ def main() -> None:
         "mix_int8": lambda: mix("int8"),
         "mix_bf16": lambda: mix("bf16"),
         "mix_int4": lambda: mix("bf16", 4),
+        "mix_int8_beside": lambda: mix("int8", beside=True),
+        "mix_bf16_beside": lambda: mix("bf16", beside=True),
         "steps_int8": lambda: anatomy("int8"),
         "steps_bf16": lambda: anatomy("bf16"),
         "steps_int4": lambda: anatomy("int8", 4),

@@ -25,6 +25,7 @@ from qwenfit.bench.gpu_common import (
     random_network,
     synchronize,
 )
+from qwenfit.engine.beside import SideStream
 from qwenfit.engine.llm import LLM
 from qwenfit.engine.sampler import Chosen
 from qwenfit.model.kv_cache import kv_bytes_per_token
@@ -35,11 +36,18 @@ MIX_TOKENS = {"bf16": 112_944, "int8": 225_888}  # of cache: equal bytes but for
 COUNT, LOW, HIGH = (256, 100, 1024) if GPU else (6, 4, 20)  # requests, and the bounds of their lengths
 
 
-def mix(kv: str, bits: int | None = None, tokens: int | None = None) -> Figures:
-    """256 requests of 100 to 1,024 tokens in and out, uniformly random, all there at the start."""
+def mix(kv: str, bits: int | None = None, tokens: int | None = None, beside: bool = False) -> Figures:
+    """256 requests of 100 to 1,024 tokens in and out, uniformly random, all there at the start.
+
+    beside: prompts run beside the recorded step of the others.
+    """
     began = time.perf_counter()
     cached = (tokens or MIX_TOKENS[kv]) if GPU else 160
-    llm = _engine(kv, bits, cached)
+    llm = engine_of(kv, bits, cached)
+    if beside and GPU:
+        llm.engine.runner.side = SideStream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
+        llm.generate([prompt(LOW, llm.config, 1)] * 2, greedy(4))
+        synchronize()
     config = llm.config
     ready = time.perf_counter() - began
     lengths = random.Random(0)
@@ -55,6 +63,7 @@ def mix(kv: str, bits: int | None = None, tokens: int | None = None) -> Figures:
     return {
         "kv_cache": kv,
         "bits": bits,
+        "beside": beside,
         "cache_tokens": cached,
         "cache_bytes": cached * kv_bytes_per_token(config, kv),
         "output_tokens": made,
@@ -82,7 +91,7 @@ def anatomy(kv: str, bits: int | None = None) -> Figures:
     A step that takes longer than both the bare graph and the host's part is one in which the two take turns.
     """
     count, context, some = (COUNT if kv == "int8" else COUNT // 2, 600, 20) if GPU else (4, 16, 2)
-    llm = _engine(kv, bits, count * (context + 96))
+    llm = engine_of(kv, bits, count * (context + 96))
     engine, config = llm.engine, llm.config
     for i in range(count):
         engine.add(prompt(context, config, i), greedy(context))
@@ -136,7 +145,7 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _engine(kv: str, bits: int | None, cached: int) -> LLM:
+def engine_of(kv: str, bits: int | None, cached: int) -> LLM:
     """Qwen-7B of random weights with a cache of so many tokens, warmed up."""
     clean()
     config = measured_config()

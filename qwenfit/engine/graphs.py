@@ -40,6 +40,7 @@ class DecodeGraphs:
         self.sizes = [size for size in SIZES if size < max_batch]
         self.sizes += [size for size in SIZES if size >= max_batch][:1]
         self.pool: Any = None  # torch's handle of the memory that all graphs share
+        self.stream: torch.cuda.Stream | None = None  # where steps are recorded; its priority is theirs
         self._recorded: dict[int, tuple[DecodeStep, torch.cuda.CUDAGraph]] = {}
         self._batch = self._size = 0  # of the last step
         self._logits = torch.empty(self.sizes[-1], model.config.vocab_size, device=device)
@@ -85,7 +86,7 @@ class DecodeGraphs:
         self._run(step)  # compiles the kernels; all rows are padding, so the cache is left alone
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             self._run(step)
         self.pool = graph.pool()
         self._recorded[size] = step, graph

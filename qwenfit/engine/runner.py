@@ -17,6 +17,7 @@ from qwenfit.model.batch import Batch
 from qwenfit.model.kv_cache import PARITY, KVCache
 
 if TYPE_CHECKING:
+    from qwenfit.engine.beside import SideStream
     from qwenfit.engine.graphs import DecodeGraphs
     from qwenfit.engine.prompt_graphs import PromptGraphs
     from qwenfit.model.transformer import Transformer
@@ -106,6 +107,7 @@ class Runner:
         self.device = device
         self._greedy = greedy
         self._graphs: DecodeGraphs | None = None
+        self.side: SideStream | None = None  # where prompts run beside a recorded step; None: they are one batch
         self._ready: Ready | None = None  # None: the next step's inputs come from the host
         self._drawn: list[Request] = []  # of the last step, a graph's, where it is for the sampler to choose
         self._prompts: PromptGraphs | None = None
@@ -159,8 +161,12 @@ class Runner:
         """
         ready, self._ready = self._ready, None  # an exception leaves None
         self._drawn = []
-        if self._graphs is not None and self._graphs.fits(len(requests)) and all(map(_decodes, requests)):
-            return self._decode(self._graphs, requests, ready)
+        if self._graphs is not None:
+            count = next((i for i, request in enumerate(requests) if not _decodes(request)), len(requests))
+            if count == len(requests) and self._graphs.fits(count):
+                return self._decode(self._graphs, requests, ready)
+            if count and self.side is not None and self._graphs.fits(count):
+                return self._decode_beside(self._graphs, requests[:count], ready, requests[count:], self.side)
         return self._compute(requests), None
 
     @torch.inference_mode()
@@ -172,6 +178,13 @@ class Runner:
             if size is not None:
                 return self._prompts.run(size, first.tokens, self._slots(first.blocks, 0, first.length))
         batch = self._batch(requests)
+        if self.side is None:
+            return self._network(batch)
+        self.side.fork()
+        with self.side.run():  # also alone: the memory that prompts take lies in one stream's pool
+            return self._network(batch)
+
+    def _network(self, batch: Batch) -> Tensor | None:
         rows = batch.logits_indices
         if self._transformer is not None:
             from qwenfit.model.prefill import prefill
@@ -181,6 +194,26 @@ class Runner:
             hidden = self.model.forward(batch, self.cache)
             hidden = hidden if len(rows) == len(hidden) else hidden[rows]
         return self.model.logits(hidden) if len(rows) else None
+
+    @torch.inference_mode()
+    def _decode_beside(
+        self,
+        graphs: DecodeGraphs,
+        decoding: list[Request],
+        ready: Ready | None,
+        prompts: list[Request],
+        side: SideStream,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """`run` for requests that bring one token each, and prompts after them, beside their recorded step."""
+        batch = self._batch(prompts)
+        side.fork()
+        logits, tokens = self._decode(graphs, decoding, ready)
+        with side.run():
+            made = self._network(batch)
+        if made is None:
+            return logits, tokens
+        self._ready, self._drawn = None, []
+        return torch.cat((logits, made)), None
 
     @torch.inference_mode()
     def keep(self, requests: list[Request], tokens: Tensor) -> None:

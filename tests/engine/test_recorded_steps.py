@@ -90,6 +90,34 @@ class Recorded(DecodeGraphs):
         self._run(self._recorded[self._size][0])
 
 
+class FakeSide:
+    """`SideStream` whose work does not see what the recorded step does meanwhile."""
+
+    beside = 0  # times that there was one
+
+    def __init__(self, runner) -> None:
+        self.seen = [runner._last, runner.cache.slots]
+        self.forked: list[torch.Tensor] = []
+
+    def fork(self) -> None:
+        self.forked = [tensor.clone() for tensor in self.seen]
+
+    @contextlib.contextmanager
+    def run(self):
+        made = [tensor.clone() for tensor in self.seen]
+        self.beside += not all(map(torch.equal, made, self.forked))
+        for tensor, before in zip(self.seen, self.forked, strict=True):
+            tensor.copy_(before)
+        try:
+            yield
+        finally:
+            for tensor, before, after in zip(self.seen, self.forked, made, strict=True):
+                tensor.copy_(after.where(after != before, tensor))
+
+
+beside = False  # whether prompts run beside the recorded step
+
+
 def recorded_engine(**options) -> Engine:
     model = options.setdefault("model", FakeModel())
     engine = fake_engine(**options)
@@ -98,14 +126,16 @@ def recorded_engine(**options) -> Engine:
         model, runner.cache, len(runner._last), runner._tables.shape[1], runner.device, runner._greedy, runner._last
     )
     runner._graphs.record()
+    runner.side = FakeSide(runner) if beside else None
     return engine
 
 
-@pytest.fixture(autouse=True, params=[False, True], ids=["at once", "lookahead"])
+@pytest.fixture(autouse=True, params=["at once", "lookahead", "beside"])
 def lookahead(request, monkeypatch):
-    monkeypatch.setattr(fakes, "lookahead", request.param)
+    monkeypatch.setattr(fakes, "lookahead", request.param != "at once")
+    monkeypatch.setitem(globals(), "beside", request.param == "beside")
     monkeypatch.setattr(sampler, "to_host", torch.clone)  # as a GPU does: a copy of what is there now
-    return request.param
+    return request.param != "at once"
 
 
 def greedy(count: int = 8, **changes) -> SamplingParams:
@@ -337,6 +367,7 @@ def test_every_answer_is_the_one_given_alone(options, requests):
 
         check_answers(drive(engine, requests, SEEN), expected, SEEN)
     SEEN["goes on"] += engine.runner._graphs.goes_on
+    SEEN["beside"] += engine.runner.side.beside if beside else 0
     assert_empty(engine)
 
 
@@ -347,3 +378,4 @@ def plain_greedy(logits, vocab_size, banned, out):
 def test_everything_happened():
     assert_everything_happened(SEEN)
     assert SEEN["goes on"] > SEEN["steps"] / 20
+    assert SEEN["beside"] > SEEN["steps"] / 100

@@ -1,0 +1,164 @@
+"""A step of prompts and decoding requests on a GPU: as one batch, and with the prompts beside the recorded rest.
+
+    python -m qwenfit.bench.gpu_beside --out OUT [--kv bf16,int8] [--requests 110] [--context 800]
+
+Writes OUT/gpu-beside.json and prints a table. Without a GPU a tiny model shows that the one batch runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from qwenfit.bench.gpu_common import GPU, Figures, greedy, prompt, relative_error, synchronize
+from qwenfit.bench.gpu_mix import engine_of
+from qwenfit.engine.beside import SideStream
+from qwenfit.engine.llm import LLM
+from qwenfit.engine.request import Request
+
+LENGTHS = (256, 512, 1024, 1900) if GPU else (8, 16)  # tokens of the prompt
+PROCESSORS = (64, 80, 96, 112, 124)  # that prompts are confined to
+TIMES = 6 if GPU else 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--kv", default="bf16,int8")
+    parser.add_argument("--requests", type=int, default=110 if GPU else 3)
+    parser.add_argument("--context", type=int, default=800 if GPU else 12)
+    options = parser.parse_args()
+    made: Figures = {
+        "kind": "gpu beside",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": "python -m qwenfit.bench.gpu_beside",
+        "hardware": torch.cuda.get_device_name() if GPU else "no GPU: a tiny model",
+        "torch": torch.__version__,
+        "requests": options.requests,
+        "context": options.context,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    for kv in options.kv.split(","):
+        made[kv] = measure(kv, options.requests, options.context)
+        (options.out / "gpu-beside.json").write_text(json.dumps(made, indent=1) + "\n")
+        print(f"\n{made['hardware']}, {kv} cache: {options.requests} requests of {options.context} tokens")
+        print(f"{'ms of a step':40}" + "".join(f"{length:>9}" for length in LENGTHS))
+        for name, figures in made[kv].items():
+            shown = [figures.get(str(length)) for length in LENGTHS]
+            print(f"{name:40}" + "".join(f"{x:9.2f}" if isinstance(x, float) else f"{x!s:>9.8}" for x in shown))
+
+
+def measure(kv: str, count: int, context: int) -> Figures:
+    """Milliseconds of a step by how it is run and the length of its prompt, and the error against the one batch."""
+    llm = engine_of(kv, None, count * (context + 160) + 4096)
+    engine, config = llm.engine, llm.config
+    for i in range(count):
+        engine.add(prompt(context, config, i), greedy(200 if GPU else 8))
+    while engine.scheduler.waiting or not all(request.num_generated for request in engine.scheduler.running):
+        engine.step()
+    figures: Figures = {}
+    for name in ways(llm, count):
+        figures[name], errors = {}, {}
+        for length in LENGTHS:
+            request_id = engine.add(prompt(length, config, length), greedy(1))
+            batch = engine.scheduler.schedule()
+            try:
+                figures[name][str(length)], logits = timed(llm, parts(name, batch))
+                if name == "one batch":
+                    expected[length] = logits
+                elif len(logits) == len(expected[length]):
+                    errors[str(length)] = relative_error(logits, expected[length])
+            except RuntimeError as failure:
+                figures[name][str(length)] = repr(failure)[:300]
+            finally:
+                engine.scheduler.undo(batch)
+                engine.abort(request_id)
+        if errors:
+            figures[name]["error"] = max(errors.values())
+    return figures
+
+
+expected: dict[int, torch.Tensor] = {}  # the logits of the one batch by the length of its prompt
+
+
+def parts(name: str, batch: list[Request]) -> list[Request]:
+    """What of the batch is run: the prompt is its last."""
+    return {"decoding alone": batch[:-1], "prompt alone": batch[-1:]}.get(name, batch)
+
+
+def ways(llm: LLM, count: int) -> Iterator[str]:
+    """Set up one way to run a step after the other; yields its name."""
+    runner = llm.engine.runner
+    prompts, runner._prompts = runner._prompts, None  # a prompt alone as it is when it is not
+    yield "one batch"
+    yield "decoding alone"
+    yield "prompt alone"
+    graphs = runner._graphs
+    if graphs is not None:
+        size = next(size for size in graphs.sizes if size >= count)
+        for decoding, priority in (("", 0), (", decoding first", -1)):
+            if priority:
+                graphs.stream = torch.cuda.Stream(priority=priority)  # type: ignore[no-untyped-call]
+                graphs._record(size)
+            for name, make in side_streams().items():
+                try:
+                    runner.side = SideStream(make())
+                except (RuntimeError, TypeError, AttributeError) as failure:
+                    print(f"{name}: {failure!r}"[:300])
+                    continue
+                yield name + decoding
+    runner.side, runner._prompts = None, prompts
+
+
+def side_streams() -> dict[str, Callable[[], torch.cuda.Stream]]:
+    def confined(processors: int) -> Callable[[], torch.cuda.Stream]:
+        def make() -> torch.cuda.Stream:
+            from torch.cuda.green_contexts import GreenContext
+
+            context = GreenContext.create(num_sms=processors, device_id=0)
+            kept.append(context)
+            stream = context.Stream()  # type: ignore[attr-defined]
+            if isinstance(stream, torch.cuda.Stream):
+                return stream
+            return torch.cuda.ExternalStream(stream.native_handle)  # type: ignore[no-untyped-call]
+
+        return make
+
+    kept: list[object] = []  # contexts, for as long as their streams
+    made: dict[str, Callable[[], torch.cuda.Stream]] = {
+        "beside": torch.cuda.Stream,
+        "beside, prompts first": lambda: torch.cuda.Stream(priority=-1),  # type: ignore[no-untyped-call]
+    }
+    return made | {f"beside, prompts on {n} processors": confined(n) for n in PROCESSORS}
+
+
+def timed(llm: LLM, batch: list[Request]) -> tuple[float, torch.Tensor]:
+    """Milliseconds of the step and its logits, from the same tokens each time."""
+    runner = llm.engine.runner
+    last = runner._last.clone()
+
+    def run() -> torch.Tensor:
+        runner._last.copy_(last)
+        logits, _ = runner.run(batch)
+        assert logits is not None
+        return logits
+
+    logits = run().clone()
+    synchronize()
+    began = time.perf_counter()
+    for _ in range(TIMES):
+        run()
+    synchronize()
+    lasted = 1e3 * (time.perf_counter() - began) / TIMES
+    runner._last.copy_(last)
+    return lasted, logits
+
+
+if __name__ == "__main__":
+    main()
