@@ -200,7 +200,8 @@ class Engine:
         """Start the step; False where the device has no memory for it."""
         now = self._clock()
         for request in batch:
-            request.stats.started = request.stats.started or now
+            if not request.stats.started:
+                request.stats.started = now
         reached = [request for request in batch if request.computed + request.scheduled == request.length]
         try:
             logits, likeliest = self.runner.run(batch)
@@ -250,11 +251,13 @@ class Engine:
         if token < 0:
             return self._end(request, "error", "The model gave logits that are not finite.")
         self.scheduler.publish(request)
-        self.scheduler.release_siblings(request)
+        if request.siblings:
+            self.scheduler.release_siblings(request)
         request.tokens.append(token)
         stats, text = request.stats, request.text
         stats.completion_tokens += 1
-        stats.first_token = stats.first_token or now
+        if not stats.first_token:
+            stats.first_token = now
         delta = Delta(request.id, request.index, "", [token], None if logprob is None else [logprob])
         reason: str | None = None
         if token in request.stop_ids:

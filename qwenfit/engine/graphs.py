@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qwenfit.kernels.triton.step_inputs import advance, fill_step
+from qwenfit.kernels.triton.step_inputs import advance, extend, fill_step
 from qwenfit.model.decode import DecodeStep
 from qwenfit.model.kv_cache import KVCache
 from qwenfit.model.transformer import Transformer
@@ -50,9 +50,17 @@ class DecodeGraphs:
         return batch <= self.sizes[-1]
 
     def record(self) -> None:
-        """Record all sizes, the largest first: the memory that it takes serves the others too."""
+        """Record all sizes, the largest first: the memory that it takes serves the others too.
+
+        Compiles the kernels that fill their inputs as well.
+        """
         for size in reversed(self.sizes):
             self._record(size)
+        step, _ = self._recorded[self.sizes[0]]
+        padding = torch.tensor([[0], [0], [-1], [0], [0]], device=self.device)
+        tables = torch.zeros(1, 16, dtype=torch.int32, device=self.device)
+        fill_step(step.buffers, padding, tables[:, : self.max_blocks], self._last)
+        extend(step.buffers, padding[:3], self.cache.block_size)
 
     def run(
         self, numbers: torch.Tensor, block_tables: torch.Tensor, alphas: Sequence[float]
@@ -68,9 +76,14 @@ class DecodeGraphs:
         step.set_alphas(alphas)
         return self.run_next()
 
-    def run_next(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same for the step after the last one: of the same sequences, each with the token that was chosen."""
-        _, graph = self._recorded[self._size]
+    def run_next(self, new: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for the step after the last one: of the same sequences, each with the token that was chosen.
+
+        new: the blocks that the step begins, as `extend` takes them.
+        """
+        step, graph = self._recorded[self._size]
+        if new is not None:
+            extend(step.buffers, new, self.cache.block_size)
         graph.replay()
         return self._logits[: self._batch], self._tokens[: self._batch]
 

@@ -68,20 +68,21 @@ def _whole(request: Request) -> bool:
 
 @dataclass(slots=True)
 class Ready:
-    """The step that the inputs of a graph stand for: the next token of the same requests."""
+    """The step that the inputs of a graph stand for: the next token of the same requests, from blocks known to it."""
 
     requests: list[Request]
     computed: list[int]  # tokens of each then
+    likeliest: bool  # whether each takes its likeliest token, as it then goes on to
 
-    def is_for(self, requests: list[Request]) -> bool:
-        """Whether it is the step of `requests`, all of whose blocks the graph knows.
+    def new_blocks(self, requests: list[Request]) -> list[Request] | None:
+        """Those of `requests` whose next token begins a block; None: it is not their step.
 
         A request that has been let in again has none of its blocks in the tables.
         """
-        return self.requests == requests and all(
-            request.computed == computed and request.blocks_in_table == len(request.blocks)
-            for request, computed in zip(requests, self.computed, strict=True)
-        )
+        if self.requests != requests or self.computed != [request.computed for request in requests]:
+            return None
+        grown = [request for request in requests if len(request.blocks) != request.blocks_in_table]
+        return grown if all(len(request.blocks) - 1 == request.blocks_in_table > 0 for request in grown) else None
 
 
 class Runner:
@@ -162,11 +163,13 @@ class Runner:
         ready, self._ready = self._ready, None  # an exception leaves None
         self._drawn = []
         if self._graphs is not None:
+            if ready is not None and (grown := ready.new_blocks(requests)) is not None:
+                return self._decode_on(self._graphs, ready, grown)
             count = next((i for i, request in enumerate(requests) if not _decodes(request)), len(requests))
             if count == len(requests) and self._graphs.fits(count):
-                return self._decode(self._graphs, requests, ready)
+                return self._decode(self._graphs, requests)
             if count and self.side is not None and self._graphs.fits(count):
-                return self._decode_beside(self._graphs, requests[:count], ready, requests[count:], self.side)
+                return self._decode_beside(self._graphs, requests[:count], requests[count:], self.side)
         return self._compute(requests), None
 
     @torch.inference_mode()
@@ -200,14 +203,13 @@ class Runner:
         self,
         graphs: DecodeGraphs,
         decoding: list[Request],
-        ready: Ready | None,
         prompts: list[Request],
         side: SideStream,
     ) -> tuple[Tensor | None, Tensor | None]:
         """`run` for requests that bring one token each, and prompts after them, beside their recorded step."""
         batch = self._batch(prompts)
         side.fork()
-        logits, tokens = self._decode(graphs, decoding, ready)
+        logits, tokens = self._decode(graphs, decoding)
         with side.run():
             made = self._network(batch)
         if made is None:
@@ -223,7 +225,7 @@ class Runner:
         """
         if self._graphs is not None and self._drawn == requests:
             self._graphs.take(tokens)
-            self._ready = Ready(requests, [request.computed + 1 for request in requests])
+            self._ready = Ready(requests, [request.computed + 1 for request in requests], False)
         else:
             rows = to_device(torch.tensor([request.row for request in requests]), self.device)
             self._last[rows] = tokens.clamp(min=0)
@@ -232,32 +234,53 @@ class Runner:
         """Token ids, where `-1 - row` stands for the pending token of the request in that row."""
         return numbers.where(numbers >= 0, self._last[(-1 - numbers).clamp_(min=0)])
 
-    def _decode(
-        self, graphs: DecodeGraphs, requests: list[Request], ready: Ready | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _decode(self, graphs: DecodeGraphs, requests: list[Request]) -> tuple[Tensor, Tensor | None]:
         """`run` for requests that bring one token each, as one replay of a CUDA graph."""
-        if ready is not None and ready.is_for(requests):
-            logits, tokens = graphs.run_next()
-        else:
-            logits, tokens = self._fill_and_run(graphs, requests)
-        if not all(request.takes_likeliest for request in requests):
+        logits, tokens = self._fill_and_run(graphs, requests)
+        likeliest = all(request.takes_likeliest for request in requests)
+        return self._decoded(requests, [request.computed + 1 for request in requests], likeliest, logits, tokens)
+
+    @torch.inference_mode()
+    def _decode_on(self, graphs: DecodeGraphs, ready: Ready, grown: list[Request]) -> tuple[Tensor, Tensor | None]:
+        """`_decode` of the step that the graph's inputs stand for, but for the blocks that `grown` begin."""
+        requests, new = ready.requests, None
+        if grown:
+            self._update_tables(grown)
+            at = {request: i for i, request in enumerate(requests)}
+            numbers = [
+                *(at[request] for request in grown),
+                *(len(request.blocks) - 1 for request in grown),
+                *(request.blocks[-1] for request in grown),
+            ]
+            new = to_device(tensor_of(numbers).view(3, -1), self.device)
+        logits, tokens = graphs.run_next(new)
+        likeliest = ready.likeliest or all(request.takes_likeliest for request in requests)
+        return self._decoded(requests, [count + 1 for count in ready.computed], likeliest, logits, tokens)
+
+    def _decoded(
+        self, requests: list[Request], computed: list[int], likeliest: bool, logits: Tensor, tokens: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """What a graph gave, as `run` returns it; `computed`: the tokens of each request after it."""
+        if not likeliest:
             self._drawn = requests
             return logits, None
-        self._ready = Ready(requests, [request.computed + 1 for request in requests])
+        self._ready = Ready(requests, computed, True)
         return logits, tokens
 
     @torch.inference_mode()
     def _fill_and_run(self, graphs: DecodeGraphs, requests: list[Request]) -> tuple[Tensor, Tensor]:
-        numbers = [
-            *(-1 if request.pending else request.tokens[-1] for request in requests),
-            *(request.computed for request in requests),
-            *(self._slots(request.blocks, request.computed, request.computed + 1)[0] for request in requests),
-            *(request.computed + 1 for request in requests),
-            *(request.row for request in requests),
-        ]
-        on_device = to_device(tensor_of(numbers).view(5, -1), self.device)
-        tables = to_device(self._block_tables(requests).contiguous(), self.device)
-        return graphs.run(on_device, tables, [request.alpha for request in requests])
+        tables = self._block_tables(requests).contiguous()
+        computed = tensor_of([request.computed for request in requests])
+        blocks = tables.gather(1, (computed // self.block_size)[:, None])[:, 0].long()
+        numbers = (
+            tensor_of([-1 if request.pending else request.tokens[-1] for request in requests]),
+            computed,
+            blocks * self.block_size + computed % self.block_size,
+            computed + 1,
+            tensor_of([request.row for request in requests]),
+        )
+        on_device = to_device(torch.stack(numbers), self.device)
+        return graphs.run(on_device, to_device(tables, self.device), [request.alpha for request in requests])
 
     def _batch(self, requests: list[Request]) -> Batch:
         ids: list[int] = []
@@ -298,15 +321,23 @@ class Runner:
 
     def _block_tables(self, requests: list[Request]) -> Tensor:
         """int32 [requests, blocks of the longest and up to 15 more]; beyond a request's own they mean nothing."""
-        longest = 0
-        for request in requests:
-            count = len(request.blocks)
-            if request.blocks_in_table != count:
-                new = torch.tensor(request.blocks[request.blocks_in_table :], dtype=torch.int32)
-                self._tables[request.row, request.blocks_in_table : count] = new
-                request.blocks_in_table = count
-            longest = max(longest, count)
+        self._update_tables([request for request in requests if len(request.blocks) != request.blocks_in_table])
+        longest = max(len(request.blocks) for request in requests)
         if len(requests) == 1:
             row = requests[0].row
             return self._tables[row : row + 1, : _up(longest)]
-        return self._tables[:, : _up(longest)][[request.row for request in requests]]
+        return self._tables[:, : _up(longest)].index_select(0, tensor_of([request.row for request in requests]))
+
+    def _update_tables(self, grown: list[Request]) -> None:
+        """Enter the blocks of `grown` that the tables do not have."""
+        rows: list[int] = []
+        columns: list[int] = []
+        blocks: list[int] = []
+        for request in grown:
+            known, count = request.blocks_in_table, len(request.blocks)
+            rows += [request.row] * (count - known)
+            columns += range(known, count)
+            blocks += request.blocks[known:]
+            request.blocks_in_table = count
+        if rows:
+            self._tables[tensor_of(rows), tensor_of(columns)] = tensor_of(blocks).int()

@@ -42,7 +42,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 from qwenfit.engine import graphs
 from qwenfit.engine.graphs import DecodeGraphs
 from qwenfit.kernels.triton import greedy as greedy_kernels
-from qwenfit.kernels.triton.step_inputs import StepBuffers, advance_reference, fill_step_reference
+from qwenfit.kernels.triton.step_inputs import StepBuffers, advance_reference, extend_reference, fill_step_reference
 
 
 class FakeStep:
@@ -69,9 +69,9 @@ class FakeStep:
 
 
 class Recorded(DecodeGraphs):
-    """Counts the steps whose inputs the host fills, and those that go on by themselves."""
+    """Counts the steps whose inputs the host fills, those that it gives a block, and those that go on by themselves."""
 
-    fills = replays = 0
+    fills = replays = blocks = 0
 
     @property
     def goes_on(self) -> int:
@@ -84,6 +84,10 @@ class Recorded(DecodeGraphs):
     def run(self, *inputs):
         self.fills += 1
         return super().run(*inputs)
+
+    def run_next(self, new=None):
+        self.blocks += 0 if new is None else new.shape[1]
+        return super().run_next(new)
 
     def replay(self) -> None:
         self.replays += 1
@@ -156,15 +160,15 @@ def check_alone(engine, made, ids, prompts, counts) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 13, 14])
-def test_only_a_new_block_brings_the_host_back(count):
+def test_the_host_brings_only_new_blocks(count):
     """A prompt of 3 in blocks of 4: the tokens 4, 8, 12, ... are the first of theirs."""
     engine = recorded_engine()
     request_id = engine.add([1, 2, 3], greedy(count))
     check_alone(engine, run_to_end(engine), [request_id], [[1, 2, 3]], [count])
     recorded = engine.runner._graphs
     steps = [3 + i for i in range(count - 1)]  # tokens computed before each
-    assert recorded.fills == sum(at == 3 or at % 4 == 0 for at in steps)
-    assert recorded.fills + recorded.goes_on == len(steps)
+    assert recorded.fills == min(len(steps), 1) and recorded.goes_on == len(steps) - recorded.fills
+    assert recorded.blocks == sum(at % 4 == 0 for at in steps)
 
 
 def test_requests_join_and_leave():
@@ -359,6 +363,7 @@ def test_every_answer_is_the_one_given_alone(options, requests):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "fill_step", fill_step_reference)
         patch.setattr(graphs, "advance", advance_reference)
+        patch.setattr(graphs, "extend", extend_reference)
         patch.setattr(greedy_kernels, "greedy", plain_greedy)
         engine = recorded_engine(**options)
 
@@ -367,6 +372,7 @@ def test_every_answer_is_the_one_given_alone(options, requests):
 
         check_answers(drive(engine, requests, SEEN), expected, SEEN)
     SEEN["goes on"] += engine.runner._graphs.goes_on
+    SEEN["new blocks"] += engine.runner._graphs.blocks
     SEEN["beside"] += engine.runner.side.beside if beside else 0
     assert_empty(engine)
 
@@ -378,4 +384,5 @@ def plain_greedy(logits, vocab_size, banned, out):
 def test_everything_happened():
     assert_everything_happened(SEEN)
     assert SEEN["goes on"] > SEEN["steps"] / 20
+    assert SEEN["new blocks"] > SEEN["steps"] / 20
     assert SEEN["beside"] > SEEN["steps"] / 100

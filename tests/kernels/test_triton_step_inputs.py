@@ -10,6 +10,8 @@ from qwenfit.kernels.triton.step_inputs import (
     StepBuffers,
     advance,
     advance_reference,
+    extend,
+    extend_reference,
     fill_step,
     fill_step_reference,
 )
@@ -68,3 +70,15 @@ def test_what_the_next_step_is_made_of() -> None:
     assert buffers.input_ids.tolist() == [5, 0, 0, 8] and buffers.positions.tolist() == [4, 7, 0, 8]
     assert buffers.slots.tolist() == [9 * 4, 2 * 4 + 3, -1, -1] and buffers.context_lens.tolist() == [5, 8, 0, 9]
     assert last.tolist() == [777, 8, 777, 0, 5]
+
+
+def test_blocks_that_the_next_step_begins() -> None:
+    """A step whose second and fourth sequences are at the end of a block that the table has nothing after."""
+    ours, theirs = (a_step([[3, 0], [4, 0], [7, 7], [1, 0]], [3, 4, 7, 4]) for _ in range(2))
+    new = torch.tensor([[3, 1], [1, 1], [6, 2**31 - 1]], device=DEVICE)
+    extend(ours, new, 4)
+    extend_reference(theirs, new, 4)
+    assert ours.block_tables.tolist() == [[3, 0], [4, 2**31 - 1], [7, 7], [1, 6]]
+    assert ours.slots.tolist() == [-1, (2**31 - 1) * 4, -1, 24]
+    for name in vars(ours):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name

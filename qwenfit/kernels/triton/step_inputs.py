@@ -86,6 +86,35 @@ def _fill_step(
         tl.store(context_ptr + row, tl.full([], 0, tl.int64))
 
 
+def extend_reference(buffers: StepBuffers, new: torch.Tensor, block_size: int) -> None:
+    """Give sequences of the next step the block that it begins: new int64 [3, n], sequences, columns and blocks.
+
+    `advance` could not know them. A sequence comes once.
+    """
+    sequences, columns, blocks = new
+    buffers.block_tables[sequences, columns] = blocks.int()
+    buffers.slots[sequences] = blocks * block_size
+
+
+def extend(buffers: StepBuffers, new: torch.Tensor, block_size: int) -> None:
+    """`extend_reference` in one kernel, for a contiguous `new`."""
+    count = new.shape[1]
+    _extend[(count,)](
+        new, buffers.block_tables, buffers.slots, count, buffers.block_tables.stride(0),
+        BLOCK_SIZE=block_size, num_warps=1, **options(new),
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count", "stride"])
+def _extend(new_ptr, tables_ptr, slots_ptr, count, stride, BLOCK_SIZE: tl.constexpr, OVERLAP: tl.constexpr):
+    start_after_previous(OVERLAP)
+    sequence = tl.load(new_ptr + tl.program_id(0))
+    column = tl.load(new_ptr + count + tl.program_id(0))
+    block = tl.load(new_ptr + 2 * count + tl.program_id(0))
+    tl.store(tables_ptr + sequence * stride + column, block.to(tl.int32))
+    tl.store(slots_ptr + sequence, block * BLOCK_SIZE)
+
+
 def advance_reference(buffers: StepBuffers, tokens: torch.Tensor, last: torch.Tensor, block_size: int) -> None:
     """Make the next step of sequences that each got one of `tokens`, int64 [size]; -1 counts as 0.
 
