@@ -8,11 +8,12 @@ from qwenfit.checkpoint.detokenizer import Detokenizer
 class TextStream:
     """The text of one answer. `stopped_by` is the stop string that ended it, once one has."""
 
-    __slots__ = ("_detokenizer", "_held", "_stops", "stopped_by")
+    __slots__ = ("_detokenizer", "_firsts", "_held", "_stops", "stopped_by")
 
     def __init__(self, detokenizer: Detokenizer, stops: tuple[str, ...] = ()) -> None:
         self._detokenizer = detokenizer
         self._stops = stops
+        self._firsts = {stop[0] for stop in stops}
         self._held = ""  # may turn out to be the start of a stop string
         self.stopped_by: str | None = None
 
@@ -37,6 +38,9 @@ class TextStream:
         No stop string can begin before `_held`: it was the longest such end.
         """
         text = self._held + new
+        if self._firsts.isdisjoint(text):  # most texts: nothing ends or begins in them
+            self._held = ""
+            return text
         found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             at, self.stopped_by = min(found)
