@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import struct
+from array import array
 
 import torch
 from torch import Tensor
@@ -60,9 +60,9 @@ class Penalties:
         from qwenfit.kernels.triton.repetition import penalise_repetition
 
         assert self._tokens is not None
-        bits = [struct.unpack("q", struct.pack("d", r.params.repetition_penalty))[0] for r in requests]
-        numbers = [rows, [r.row for r in requests], [r.length for r in requests], bits]
-        given = to_device(torch.tensor(numbers), self.device)
+        penalties = array("d", [r.params.repetition_penalty for r in requests])
+        numbers = [*rows, *(r.row for r in requests), *(r.length for r in requests), *array("q", penalties.tobytes())]
+        given = to_device(tensor_of(numbers).view(4, -1), self.device)
         penalise_repetition(logits, self._tokens, given, longest)
         self._next = given[1], given[2]
 

@@ -42,6 +42,10 @@ class Request:
     blocks_in_table: int = 0
     in_penalties: bool = False  # whether they keep its tokens
 
+    # The sampler's: the numbers that eight tokens are drawn at, and which eight.
+    uniforms: list[float] = field(default_factory=list)
+    uniforms_from: int = -1
+
     _plain: bool = field(init=False)  # greedy, and neither bias nor penalties change the logits
 
     def __post_init__(self) -> None:
@@ -59,4 +63,9 @@ class Request:
     @property
     def takes_likeliest(self) -> bool:
         """Whether the next token is the likeliest by the logits as the network gives them; once so, always so."""
-        return self._plain and self.num_generated >= self.params.min_tokens
+        return self._plain and not self.is_early
+
+    @property
+    def is_early(self) -> bool:
+        """Whether the answer must not end yet."""
+        return self.num_generated < self.params.min_tokens

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import struct
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,7 +31,7 @@ BLOCK = 128  # divides the rows of every Qwen's head: 151,936 and 152,064
 class Sampler:
     """Draws among the `vocab_size` real tokens; the rows of the head beyond them, and `banned_ids`, never come up.
 
-    It keeps nothing of a request but what its `Penalties` do.
+    It keeps of requests what its `Penalties` do, and the last batch.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Sampler:
         if self._banned is not None:
             self._mask = torch.zeros(vocab_size, dtype=torch.uint8, device=device).index_fill_(0, self._banned, 1)
         self._penalties = Penalties(max_num_seqs, max_model_len, device)
+        self._asked = Asked([])
 
     @torch.inference_mode()
     def compile(self, width: int) -> None:
@@ -68,23 +71,22 @@ class Sampler:
 
         likeliest: what `greedy` gave already, where every request takes that.
         """
-        params = [request.params for request in requests]
-        wanted = [i for i, p in enumerate(params) if p.logprobs is not None]
+        asked = self._asked_of(requests)
+        wanted = list(asked.logprobs)
         logprobs = self._rows(logits, wanted).log_softmax(-1) if wanted else None
         if likeliest is not None:
             tokens = likeliest
-        elif logits.is_cuda and all(request.takes_likeliest for request in requests):
+        elif logits.is_cuda and asked.all_take_likeliest():
             tokens = self.greedy(logits)
-        elif logits.is_cuda and all(0 < _kept(request) <= _FEW for request in requests):
+        elif logits.is_cuda and asked.few:
             tokens = self._among_few(logits, requests)
         else:
             tokens = self._general(logits, requests)
         if logprobs is None:
             return Chosen(tokens)
-        count = min(max(params[i].logprobs or 0 for i in wanted), self.vocab_size)
+        count = min(max(asked.logprobs.values()), self.vocab_size)
         chosen = logprobs.gather(1, tokens[self._int(wanted)].clamp(min=0)[:, None])[:, 0]
-        asked = {i: params[i].logprobs or 0 for i in wanted}
-        return Chosen(tokens, asked, (chosen, *logprobs[:, : self.vocab_size].topk(count)))
+        return Chosen(tokens, asked.logprobs, (chosen, *logprobs[:, : self.vocab_size].topk(count)))
 
     def greedy(self, logits: Tensor, out: Tensor | None = None) -> Tensor:
         """The likeliest token of each row, int64 [n], -1 where it is not finite; by the GPU's kernel for just that."""
@@ -92,25 +94,25 @@ class Sampler:
 
         return greedy(logits, self.vocab_size, self._mask, out)
 
+    def _asked_of(self, requests: list[Request]) -> Asked:
+        if self._asked.requests != requests:
+            self._asked = Asked(requests)
+        return self._asked
+
     def _among_few(self, logits: Tensor, requests: list[Request]) -> Tensor:
         """`_general` where all take one of at most _FEW tokens, in few launches."""
+        asked = self._asked_of(requests)
         self._adjust(logits, requests)
-        tokens = self._draw_few(logits, requests)
-        penalised = _penalised(requests)
-        if penalised:
-            self._penalties.append(self._rows(tokens.clamp(min=0), penalised))
+        tokens = self._draw_few(logits, asked)
+        if asked.penalised:
+            self._penalties.append(self._rows(tokens.clamp(min=0), asked.penalised))
         return tokens
 
-    def _draw_few(self, logits: Tensor, requests: list[Request]) -> Tensor:
+    def _draw_few(self, logits: Tensor, asked: Asked) -> Tensor:
         """Draw each row's token among at most _FEW, by the GPU's kernels for just that: no row is sorted."""
         from qwenfit.kernels.triton.top_k import draw_top_k
 
-        knobs = [
-            (p.temperature, p.top_k, p.top_p, p.min_p, uniform(r)) if not p.greedy else (1.0, 1, 1.0, 0.0, 0.0)
-            for r, p in ((request, request.params) for request in requests)
-        ]
-        given = self._tensor(list(zip(*knobs, strict=True)), torch.float64)
-        return draw_top_k(logits, self.vocab_size, given, max(map(_kept, requests)), self._mask)
+        return draw_top_k(logits, self.vocab_size, to_device(asked.knobs(), self.device), asked.few, self._mask)
 
     def _general(self, logits: Tensor, requests: list[Request]) -> Tensor:
         logits[:, self.vocab_size :] = -math.inf
@@ -125,27 +127,24 @@ class Sampler:
         drawn = [i for i, request in enumerate(requests) if not request.params.greedy]
         if drawn:
             self._draw(logits, requests, drawn, ids)
-        penalised = _penalised(requests)
+        penalised = self._asked_of(requests).penalised
         if penalised:
             self._penalties.append(self._rows(ids.clamp(min=0), penalised))
         return ids.where(finite, -1)
 
     def _adjust(self, logits: Tensor, requests: list[Request]) -> bool:
         """Bias, penalties and min_tokens, in place; whether there were any."""
-        biased = [
-            (i, t, b) for i, r in enumerate(requests) if r.params.logit_bias for t, b in r.params.logit_bias.items()
-        ]
-        if biased:
-            rows, ids, values = zip(*biased, strict=True)
+        asked = self._asked_of(requests)
+        if asked.biased:
+            rows, ids, values = zip(*asked.biased, strict=True)
             logits[self._int(rows), self._int(ids)] += self._tensor(values, torch.float32)
-        penalised = _penalised(requests)
-        if penalised:
-            self._penalties.apply(logits, penalised, [requests[i] for i in penalised])
-        early = [(i, t) for i, r in enumerate(requests) if r.num_generated < r.params.min_tokens for t in r.stop_ids]
+        if asked.penalised:
+            self._penalties.apply(logits, asked.penalised, [requests[i] for i in asked.penalised])
+        early = [(i, t) for i in asked.held if requests[i].is_early for t in requests[i].stop_ids]
         if early:
             rows, ids = zip(*early, strict=True)
             logits[self._int(rows), self._int(ids)] = _NEVER
-        return bool(biased or penalised or early)
+        return bool(asked.biased or asked.penalised or early)
 
     def _draw(self, logits: Tensor, requests: list[Request], drawn: list[int], ids: Tensor) -> None:
         """Replace `ids` at the rows `drawn` by draws; rows with a filter go through the sorted path.
@@ -162,7 +161,7 @@ class Sampler:
             else:
                 (filtered if p.top_k or p.top_p < 1 or p.min_p else free).append(i)
         if few:
-            ids[self._int(few)] = self._draw_few(self._rows(logits, few), [requests[i] for i in few])
+            ids[self._int(few)] = self._draw_few(self._rows(logits, few), Asked([requests[i] for i in few]))
         # How much of a row a filter may keep is only in the logits: a GPU sorts it all, lest the host waits to know.
         with_filter = draw_sorted if logits.is_cuda else draw_filtered
         for rows, choose in ((free, draw), (filtered, with_filter)):
@@ -194,6 +193,39 @@ class Sampler:
 
     def _tensor(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
         return to_device(torch.tensor(values, dtype=dtype), self.device)
+
+
+class Asked:
+    """What the parameters of a batch ask of its tokens: worked out once for as long as the batch is the same."""
+
+    def __init__(self, requests: list[Request]) -> None:
+        self.requests = requests
+        params = [request.params for request in requests]
+        self.logprobs = {i: p.logprobs for i, p in enumerate(params) if p.logprobs is not None}  # row -> how many
+        self.penalised = [i for i, p in enumerate(params) if p.penalised]
+        self.biased = [(i, t, b) for i, p in enumerate(params) for t, b in (p.logit_bias or {}).items()]
+        self.held = [i for i, p in enumerate(params) if p.min_tokens]
+        kept = [1 if p.greedy else p.top_k for p in params]  # tokens that the next is drawn among; 0: no limit
+        self.few = max(kept) if kept and min(kept) > 0 and max(kept) <= _FEW else 0  # the most, where all are few
+        self._knobs: Tensor | None = None
+        self._likeliest = False
+
+    def all_take_likeliest(self) -> bool:
+        self._likeliest = self._likeliest or all(request.takes_likeliest for request in self.requests)
+        return self._likeliest
+
+    def knobs(self) -> Tensor:
+        """float64 [5, n] as `draw_top_k` takes them, for the next tokens; on the CPU, until it is called again."""
+        if self._knobs is None:
+            greedy = (1.0, 1.0, 1.0, 0.0, 0.0)
+            each = [
+                greedy if p.greedy else (p.temperature, p.top_k, p.top_p, p.min_p, 0.0)
+                for p in (request.params for request in self.requests)
+            ]
+            self._knobs = torch.tensor(each, dtype=torch.float64).T.contiguous()
+        uniforms = array("d", [uniform(request) for request in self.requests])
+        self._knobs[4] = torch.frombuffer(uniforms, dtype=torch.float64)
+        return self._knobs
 
 
 class Chosen:
@@ -229,15 +261,6 @@ class Chosen:
         return tokens, result
 
 
-def _kept(request: Request) -> int:
-    """The most tokens that the next one is drawn among; 0: no limit."""
-    return 1 if request.params.greedy else request.params.top_k
-
-
-def _penalised(requests: list[Request]) -> list[int]:
-    return [i for i, request in enumerate(requests) if request.params.penalised]
-
-
 def row_max(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Largest value of each row and where it is first, [n] and [n]; NaN where the row has one."""
     blocks = in_blocks(logits, -math.inf)
@@ -260,8 +283,12 @@ def in_blocks(rows: Tensor, fill: float) -> Tensor:
 
 def uniform(request: Request) -> float:
     """A number in [0, 1), a function of the request's seed, which of its answers this is, and the position in it."""
-    key = f"{request.seed}/{request.index}/{request.num_generated}".encode()
-    return (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) >> 12) * 2.0**-52
+    eight, which = divmod(request.num_generated, 8)
+    if request.uniforms_from != eight:
+        key = f"{request.seed}/{request.index}/{eight}".encode()
+        bits = struct.unpack("<8Q", hashlib.blake2b(key, digest_size=64).digest())
+        request.uniforms, request.uniforms_from = [(number >> 12) * 2.0**-52 for number in bits], eight
+    return request.uniforms[which]
 
 
 def draw(scaled: Tensor, u: Tensor, *_: Tensor) -> Tensor:

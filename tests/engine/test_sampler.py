@@ -270,7 +270,7 @@ def test_the_kernels_for_few_tokens_draw_as_the_general_way_does():
         assert (
             chooser._among_few(logits.clone(), requests).tolist() == known._general(logits.clone(), requests).tolist()
         )
-    assert len(seen) > 10
+    assert len(seen) > 5
     logits[2, 4] = math.nan
     assert sampler(vocab)._among_few(logits, requests)[2] == -1
 
@@ -336,10 +336,11 @@ def test_uniforms_are_uniform_and_differ_with_seed_answer_and_position():
         values.append(uniform(r))
     counts = torch.histc(torch.tensor(values), 20, 0, 1)
     assert float(((counts - 1000) ** 2 / 1000).sum()) < 45  # chi-square, 19 degrees of freedom: p = 0.0007
-    r.index = 1
-    other = uniform(r)
-    r.index, r.seed = 0, 2
-    assert len({values[-1], other, uniform(r)}) == 3
+    assert len(set(values)) == len(values)
+    others = [request(SamplingParams(seed=1)), request(SamplingParams(seed=2))]
+    others[0].index = 1
+    assert values[len(ANSWER)] not in map(uniform, others)
+    assert uniform(request(SamplingParams(seed=1))) == values[len(ANSWER)]  # whatever was drawn before it
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
