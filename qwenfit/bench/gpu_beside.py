@@ -1,6 +1,6 @@
-"""A step of prompts and decoding requests on a GPU: as one batch, and with the prompts beside the recorded rest.
+"""A step of a prompt and decoding requests on a GPU: as one batch, and the prompt beside the recorded rest or after it.
 
-    python -m qwenfit.bench.gpu_beside --out OUT [--kv bf16,int8] [--requests 110] [--context 800]
+    python -m qwenfit.bench.gpu_beside --out OUT [--model Qwen-7B] [--kv bf16,int8] [--requests 110] [--context 800]
 
 Writes OUT/gpu-beside.json and prints a table. Without a GPU a tiny model shows that the one batch runs.
 """
@@ -30,6 +30,7 @@ TIMES = 6 if GPU else 2
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default="Qwen-7B")
     parser.add_argument("--kv", default="bf16,int8")
     parser.add_argument("--requests", type=int, default=110 if GPU else 3)
     parser.add_argument("--context", type=int, default=800 if GPU else 12)
@@ -40,65 +41,76 @@ def main() -> None:
         "command": "python -m qwenfit.bench.gpu_beside",
         "hardware": torch.cuda.get_device_name() if GPU else "no GPU: a tiny model",
         "torch": torch.__version__,
+        "model": options.model,
         "requests": options.requests,
         "context": options.context,
     }
     options.out.mkdir(parents=True, exist_ok=True)
     for kv in options.kv.split(","):
-        made[kv] = measure(kv, options.requests, options.context)
+        made[kv] = measure(options.model, kv, options.requests, options.context)
         (options.out / "gpu-beside.json").write_text(json.dumps(made, indent=1) + "\n")
-        print(f"\n{made['hardware']}, {kv} cache: {options.requests} requests of {options.context} tokens")
+        print(f"\n{made['hardware']}, {options.model}, {kv} cache")
+        print(f"{options.requests} requests of {options.context} tokens")
         print(f"{'ms of a step':40}" + "".join(f"{length:>9}" for length in LENGTHS))
         for name, figures in made[kv].items():
             shown = [figures.get(str(length)) for length in LENGTHS]
             print(f"{name:40}" + "".join(f"{x:9.2f}" if isinstance(x, float) else f"{x!s:>9.8}" for x in shown))
 
 
-def measure(kv: str, count: int, context: int) -> Figures:
+def measure(name: str, kv: str, count: int, context: int) -> Figures:
     """Milliseconds of a step by how it is run and the length of its prompt, and the error against the one batch."""
-    llm = engine_of(kv, None, count * (context + 160) + 4096)
+    llm = engine_of(kv, None, count * (context + 160) + 4096, name)
     engine, config = llm.engine, llm.config
     for i in range(count):
         engine.add(prompt(context, config, i), greedy(200 if GPU else 8))
     while engine.scheduler.waiting or not all(request.num_generated for request in engine.scheduler.running):
         engine.step()
     figures: Figures = {}
-    for name in ways(llm, count):
-        figures[name], errors = {}, {}
+    for way in ways(llm, count):
+        figures[way], errors = {}, {}
         for length in LENGTHS:
-            request_id = engine.add(prompt(length, config, length), greedy(1))
+            fits = min(length, engine.scheduler.max_batched_tokens - count)
+            request_id = engine.add(prompt(fits, config, length), greedy(1))
             batch = engine.scheduler.schedule()
             try:
-                figures[name][str(length)], logits = timed(llm, parts(name, batch))
-                if name == "one batch":
+                figures[way][str(length)], logits = timed(llm, parts(way, batch))
+                if way == "one batch":
                     expected[length] = logits
                 elif len(logits) == len(expected[length]):
                     errors[str(length)] = relative_error(logits, expected[length])
             except RuntimeError as failure:
-                figures[name][str(length)] = repr(failure)[:300]
+                figures[way][str(length)] = repr(failure)[:300]
             finally:
                 engine.scheduler.undo(batch)
                 engine.abort(request_id)
         if errors:
-            figures[name]["error"] = max(errors.values())
+            figures[way]["error"] = max(errors.values())
     return figures
 
 
 expected: dict[int, torch.Tensor] = {}  # the logits of the one batch by the length of its prompt
 
 
-def parts(name: str, batch: list[Request]) -> list[Request]:
+def parts(way: str, batch: list[Request]) -> list[Request]:
     """What of the batch is run: the prompt is its last."""
-    return {"decoding alone": batch[:-1], "prompt alone": batch[-1:]}.get(name, batch)
+    if way == "decoding alone":
+        return batch[:-1]
+    return batch[-1:] if way.startswith("prompt alone") else batch
 
 
 def ways(llm: LLM, count: int) -> Iterator[str]:
     """Set up one way to run a step after the other; yields its name."""
     runner = llm.engine.runner
-    prompts, runner._prompts = runner._prompts, None  # a prompt alone as it is when it is not
+    prompts, runner._prompts = runner._prompts, None
     yield "one batch"
     yield "decoding alone"
     yield "prompt alone"
+    runner.apart = True
+    yield "prompt after"
+    runner._prompts = prompts
+    yield "prompt alone, recorded"
+    yield "prompt after, recorded"
+    runner._prompts = None
     graphs = runner._graphs
     if graphs is not None:
         size = next(size for size in graphs.sizes if size >= count)
@@ -113,7 +125,7 @@ def ways(llm: LLM, count: int) -> Iterator[str]:
                     print(f"{name}: {failure!r}"[:300])
                     continue
                 yield name + decoding
-    runner.side, runner._prompts = None, prompts
+    runner.apart, runner.side, runner._prompts = False, None, prompts
 
 
 def side_streams() -> dict[str, Callable[[], torch.cuda.Stream]]:
@@ -150,6 +162,8 @@ def timed(llm: LLM, batch: list[Request]) -> tuple[float, torch.Tensor]:
         return logits
 
     logits = run().clone()
+    for _ in range(2):  # a prompt's graph is recorded when it comes again
+        run()
     synchronize()
     began = time.perf_counter()
     for _ in range(TIMES):

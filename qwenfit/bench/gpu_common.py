@@ -36,8 +36,8 @@ def tiny(name: str) -> ModelConfig:
     )  # fmt: skip
 
 
-def measured_config() -> ModelConfig:
-    return resolve_model("Qwen-7B") if GPU else tiny("Qwen-7B")
+def measured_config(name: str = "Qwen-7B") -> ModelConfig:
+    return resolve_model(name) if GPU else tiny(name)
 
 
 def random_network(config: ModelConfig, dtype: torch.dtype, device: str, bits: int | None = None) -> Transformer:

@@ -45,6 +45,7 @@ def mix(kv: str, bits: int | None = None, tokens: int | None = None, beside: boo
     cached = (tokens or MIX_TOKENS[kv]) if GPU else 160
     llm = engine_of(kv, bits, cached)
     if beside and GPU:
+        llm.engine.runner.apart = True
         llm.engine.runner.side = SideStream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
         llm.generate([prompt(LOW, llm.config, 1)] * 2, greedy(4))
         synchronize()
@@ -145,10 +146,10 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def engine_of(kv: str, bits: int | None, cached: int) -> LLM:
-    """Qwen-7B of random weights with a cache of so many tokens, warmed up."""
+def engine_of(kv: str, bits: int | None, cached: int, name: str = "Qwen-7B") -> LLM:
+    """A model of random weights with a cache of so many tokens, warmed up."""
     clean()
-    config = measured_config()
+    config = measured_config(name)
     model = random_network(config, torch.bfloat16, DEVICE, bits)
     llm = LLM.from_parts(
         model, config, None, device=DEVICE, kv_cache=kv, block_size=BLOCK_SIZE, num_blocks=cached // BLOCK_SIZE,

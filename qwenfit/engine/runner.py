@@ -108,7 +108,10 @@ class Runner:
         self.device = device
         self._greedy = greedy
         self._graphs: DecodeGraphs | None = None
-        self.side: SideStream | None = None  # where prompts run beside a recorded step; None: they are one batch
+        self.apart = (
+            False  # whether prompts run by themselves in a step whose other part is recorded; else as one batch
+        )
+        self.side: SideStream | None = None  # where they then run beside that part; None: after it
         self._ready: Ready | None = None  # None: the next step's inputs come from the host
         self._drawn: list[Request] = []  # of the last step, a graph's, where it is for the sampler to choose
         self._prompts: PromptGraphs | None = None
@@ -168,8 +171,8 @@ class Runner:
             count = next((i for i, request in enumerate(requests) if not _decodes(request)), len(requests))
             if count == len(requests) and self._graphs.fits(count):
                 return self._decode(self._graphs, requests)
-            if count and self.side is not None and self._graphs.fits(count):
-                return self._decode_beside(self._graphs, requests[:count], requests[count:], self.side)
+            if count and self.apart and self._graphs.fits(count):
+                return self._decode_apart(self._graphs, requests[:count], requests[count:])
         return self._compute(requests), None
 
     @torch.inference_mode()
@@ -199,19 +202,19 @@ class Runner:
         return self.model.logits(hidden) if len(rows) else None
 
     @torch.inference_mode()
-    def _decode_beside(
-        self,
-        graphs: DecodeGraphs,
-        decoding: list[Request],
-        prompts: list[Request],
-        side: SideStream,
+    def _decode_apart(
+        self, graphs: DecodeGraphs, decoding: list[Request], prompts: list[Request]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """`run` for requests that bring one token each, and prompts after them, beside their recorded step."""
-        batch = self._batch(prompts)
-        side.fork()
-        logits, tokens = self._decode(graphs, decoding)
-        with side.run():
-            made = self._network(batch)
+        """`run` for requests that bring one token each, recorded, and prompts after them, by themselves."""
+        if self.side is None:
+            logits, tokens = self._decode(graphs, decoding)
+            made = self._compute(prompts)
+        else:
+            batch = self._batch(prompts)
+            self.side.fork()
+            logits, tokens = self._decode(graphs, decoding)
+            with self.side.run():
+                made = self._network(batch)
         if made is None:
             return logits, tokens
         self._ready, self._drawn = None, []

@@ -119,7 +119,7 @@ class FakeSide:
                 tensor.copy_(after.where(after != before, tensor))
 
 
-beside = False  # whether prompts run beside the recorded step
+apart = beside = False  # whether prompts run by themselves, and beside the recorded step
 
 
 def recorded_engine(**options) -> Engine:
@@ -130,16 +130,17 @@ def recorded_engine(**options) -> Engine:
         model, runner.cache, len(runner._last), runner._tables.shape[1], runner.device, runner._greedy, runner._last
     )
     runner._graphs.record()
-    runner.side = FakeSide(runner) if beside else None
+    runner.apart, runner.side = apart, FakeSide(runner) if beside else None
     return engine
 
 
-@pytest.fixture(autouse=True, params=["at once", "lookahead", "beside"])
+@pytest.fixture(autouse=True, params=["at once, prompts apart", "lookahead", "lookahead, prompts beside"])
 def lookahead(request, monkeypatch):
-    monkeypatch.setattr(fakes, "lookahead", request.param != "at once")
-    monkeypatch.setitem(globals(), "beside", request.param == "beside")
+    monkeypatch.setattr(fakes, "lookahead", "lookahead" in request.param)
+    monkeypatch.setitem(globals(), "apart", "prompts" in request.param)
+    monkeypatch.setitem(globals(), "beside", "beside" in request.param)
     monkeypatch.setattr(sampler, "to_host", torch.clone)  # as a GPU does: a copy of what is there now
-    return request.param != "at once"
+    return fakes.lookahead
 
 
 def greedy(count: int = 8, **changes) -> SamplingParams:
