@@ -49,12 +49,13 @@ from qwenfit.bench.gpu_prefill import (
     choose_attention,
     compile_attention,
 )
+from qwenfit.engine.beside import SideStream
 from qwenfit.engine.llm import LLM
 from qwenfit.kernels.triton import tuning
 from qwenfit.model.batch import Chunk, make_batch
 
 NEEDS = {  # seconds of each part on one H200, in the order in which they are run
-    "attention": 0, "errors": 8, "text": 20, "first_token": 9, "decode": 12, "mix_int8": 30, "mix_bf16": 40,
+    "attention": 0, "errors": 8, "text": 30, "first_token": 9, "decode": 12, "mix_int8": 30, "mix_bf16": 40,
     "mix_int4": 30, "mix_int8_beside": 30, "mix_bf16_beside": 40, "steps_int8": 15, "steps_bf16": 15, "steps_int4": 15,
 }  # fmt: skip
 USUAL = "attention,errors,first_token,mix_int8,mix_bf16,mix_int4"
@@ -62,7 +63,10 @@ PAUSE = 0.15  # seconds between prompts, as a card that is never idle runs at a 
 
 
 def check_text() -> Figures:
-    """Greedy answers of tiny float32 models, half of them with penalties: alone on the CPU, together on the device."""
+    """Greedy answers of tiny float32 models, half of them with penalties: alone on the CPU, together on the device.
+
+    The share that is the same; on a GPU also with prompts apart from recorded steps.
+    """
     same: Figures = {}
     for name in ("Qwen-7B", "Qwen2.5-7B", "Qwen3-8B"):
         torch.manual_seed(1)
@@ -77,8 +81,12 @@ def check_text() -> Figures:
         together = LLM.from_parts(
             model.to(DEVICE), config, None, device=DEVICE, num_blocks=24, max_num_seqs=4, max_batched_tokens=64, **sizes
         )
-        got = [output.token_ids for output in together.generate(prompts, params)]
-        same[name] = sum(a == b for a, b in zip(got, expected, strict=True)) / len(prompts)
+        for way in ("one batch", "prompts after", "prompts beside") if GPU else ("one batch",):
+            runner = together.engine.runner
+            runner.apart = way != "one batch"
+            runner.side = SideStream(torch.cuda.Stream()) if way == "prompts beside" else None  # type: ignore[no-untyped-call]
+            got = [output.token_ids for output in together.generate(prompts, params)]
+            same[f"{name}, {way}"] = sum(a == b for a, b in zip(got, expected, strict=True)) / len(prompts)
     return same
 
 
