@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import register_random, settings
+from hypothesis import settings
 
 # Triton decides when it is first imported: without a GPU its kernels run in its interpreter.
 if not Path("/dev/nvidia0").exists():
@@ -15,27 +15,16 @@ import torch
 
 # Random inputs are those of SEED, which a failed run prints; without one each run looks for new ones. SEED=0 is CI's:
 # what it refuses, the change broke. xdist's workers inherit it.
-SEED = int(os.environ.setdefault("SEED", "0" if os.environ.get("CI") == "true" else str(random.randrange(1, 10**6))))
+SEED = int(os.environ.get("SEED") or (0 if os.environ.get("CI") == "true" else random.randrange(1, 10**6)))
+os.environ["SEED"] = str(SEED)
 settings.register_profile("ci", derandomize=True, deadline=None)
 if SEED == 0:
     settings.load_profile("ci")
 
 
-class TorchRandom:
-    """What hypothesis needs to give torch the same numbers whenever it repeats an example."""
-
-    seed = staticmethod(torch.manual_seed)
-    getstate = staticmethod(torch.get_rng_state)
-    setstate = staticmethod(torch.set_rng_state)
-
-
-TORCH_RANDOM = TorchRandom()  # kept: hypothesis holds a weak reference
-register_random(TORCH_RANDOM)
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if terminalreporter.stats.get("failed") and SEED:
-        terminalreporter.write_line(f"The same random inputs again: SEED={SEED}.")
+    if SEED and (terminalreporter.stats.get("failed") or terminalreporter.stats.get("error")):
+        terminalreporter.write_line(f"The same random inputs again: SEED={SEED}; hypothesis keeps its own.")
 
 
 @pytest.fixture(autouse=True)

@@ -47,7 +47,10 @@ def mix(kv: str, bits: int | None = None, tokens: int | None = None, beside: boo
     if beside and GPU:
         llm.engine.runner.apart = True
         llm.engine.runner.side = SideStream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
-        llm.generate([prompt(LOW, llm.config, 1)] * 2, greedy(4))
+        llm.engine.add(prompt(LOW, llm.config, 1), greedy(8))
+        for _ in range(3):
+            llm.engine.step()
+        llm.generate([prompt(LOW, llm.config, 2)], greedy(8))  # comes to the other
         synchronize()
     config = llm.config
     ready = time.perf_counter() - began

@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ import torch
 
 from qwenfit.config import ModelConfig
 from qwenfit.engine.block_pool import BlockPool, prefix_root
+from qwenfit.engine.interrupts import Interrupts
 from qwenfit.engine.output import Delta, Stats, TokenLogprob
 from qwenfit.engine.params import SamplingParams
 from qwenfit.engine.request import Request
@@ -42,10 +43,13 @@ class Flight:
 
     requests: list[Request]  # those that get a token from it
     chosen: Chosen | None  # None: it has only parts of prompts
+    left: Iterator[tuple[Request, int, TokenLogprob | None]] | None = None  # once read: what is not handed out
 
 
 class Engine:
     """Add requests, then call `step` while there are any. One thread at a time; its memory does not grow.
+
+    In `interrupts.taken` Ctrl-C interrupts the network and nothing else: a step is taken again, and no token is lost.
 
     `max_model_len` (prompt + answer; by default the model's context) is cut to what `cache` holds. Without a tokenizer
     there is no text, no end of sequence, and every row of the head can be drawn. `lookahead` (default: on a GPU): read
@@ -99,14 +103,15 @@ class Engine:
         self._ahead = int(device.type == "cuda" if lookahead is None else lookahead)
         self._flights: deque[Flight] = deque()  # at most one between steps, two within one
         self._interrupted = False  # whether the last launch was: what the device keeps may be of that step already
-        self._ended: list[Delta] = []  # last deltas that the next step hands out
+        self.interrupts = Interrupts()
+        self._untold: list[Delta] = []  # made, and handed out by the end of a step: an interrupted one loses none
         self._next_id = 0
         self._num_deadlines = 0
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to tell."""
-        return bool(self.scheduler.running or self.scheduler.waiting or self._ended)
+        return bool(self.scheduler.running or self.scheduler.waiting or self._untold)
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raise what `add` would raise."""
@@ -168,30 +173,30 @@ class Engine:
     def abort(self, *request_ids: int) -> None:
         """End requests now, wherever they are; their last deltas come with the next step. Unknown ids are ignored."""
         ids = set(request_ids)
-        for request in self._all() if ids else ():
-            if request.id in ids:
-                self._ended.append(self._end(request, "abort"))
+        with self.interrupts.held():
+            for request in self._all() if ids else ():
+                if request.id in ids:
+                    self._untold.append(self._end(request, "abort"))
 
     def step(self) -> list[Delta]:
         """Schedule, run, sample: one token more for each answer that is past its prompt; with lookahead a step late."""
+        self.interrupts.tell()
+        with self.interrupts.held():
+            return self._step()
+
+    def _step(self) -> list[Delta]:
         self._expire()
-        deltas: list[Delta] = []
         while len(self._flights) > (0 if self._interrupted else self._ahead):
-            deltas += self._read()
+            self._read()
         self._interrupted = False
         batch = self.scheduler.schedule()
-        try:
-            fits = self._launch(batch) if batch else True
-        except BaseException:
-            self._ended = deltas + self._ended  # what was read must not be lost
-            raise
+        fits = self._launch(batch) if batch else True
         while self._flights and (len(self._flights) > self._ahead or not batch or not fits):
-            deltas += self._read()
+            self._read()
         if not fits:
             alive = [request for request in batch if not request.ended]
-            deltas += [self._end(request, "error", "The device ran out of memory.") for request in alive]
-        deltas += self._ended
-        self._ended = []
+            self._untold += [self._end(request, "error", "The device ran out of memory.") for request in alive]
+        deltas, self._untold = self._untold, []
         if not self.has_work:
             self._flights.clear()  # a step beyond the end of every answer: nobody waits for it
         return deltas
@@ -204,7 +209,8 @@ class Engine:
                 request.stats.started = now
         reached = [request for request in batch if request.computed + request.scheduled == request.length]
         try:
-            logits, likeliest = self.runner.run(batch)
+            with self.interrupts.allowed():
+                logits, likeliest = self.runner.run(batch)
             chosen = None if logits is None else self.sampler.choose(logits, reached, likeliest)
             if chosen is not None and likeliest is None and self._ahead:
                 self.runner.keep(reached, chosen.tokens)
@@ -221,18 +227,18 @@ class Engine:
         self._flights.append(Flight(reached, chosen))
         return True
 
-    def _read(self) -> list[Delta]:
-        """Wait for the oldest step and hand its tokens out; answers that have ended meanwhile get none."""
+    def _read(self) -> None:
+        """Wait for the oldest step and take its tokens; answers that have ended meanwhile get none."""
         flight = self._flights[0]
-        tokens, logprobs = flight.chosen.read() if flight.chosen is not None else ([], None)
-        self._flights.popleft()
+        if flight.left is None:
+            tokens, logprobs = flight.chosen.read() if flight.chosen is not None else ([], None)
+            flight.left = zip(flight.requests, tokens, logprobs or [None] * len(tokens), strict=True)
         now = self._clock()
-        deltas = []
-        for i, (request, token) in enumerate(zip(flight.requests, tokens, strict=True)):
+        for request, token, logprob in flight.left:  # goes on where it was interrupted
             request.pending -= 1
             if not request.ended:
-                deltas.append(self._accept(request, token, logprobs[i] if logprobs else None, now))
-        return deltas
+                self._untold.append(self._accept(request, token, logprob, now))
+        self._flights.popleft()
 
     def _all(self) -> list[Request]:
         """Every answer that has not ended."""
@@ -244,7 +250,7 @@ class Engine:
             now = self._clock()
             for request in self._all():
                 if request.deadline is not None and request.deadline <= now:
-                    self._ended.append(self._end(request, "deadline"))
+                    self._untold.append(self._end(request, "deadline"))
 
     def _accept(self, request: Request, token: int, logprob: TokenLogprob | None, now: float) -> Delta:
         """Append one token to an answer and see whether that ends it."""

@@ -301,26 +301,31 @@ class LLM:
             most = params[i].max_tokens
             return self.max_model_len - len(prompts[i]) if most is None else most
 
-        try:
-            for i in sorted(range(len(prompts)), key=longest_answer, reverse=True):
-                request_id = self.engine.add(prompts[i], params[i], deadline=deadline, cache_salt=cache_salt)
-                position[request_id] = i
-                self._inboxes[request_id] = inbox
-            unfinished = sum(wanted.n for wanted in params)
-            while unfinished:
-                while not inbox:
-                    self._step()
-                delta = inbox.popleft()
-                unfinished -= delta.finish_reason is not None
-                delta.request_id = position[delta.request_id]
-                yield delta
-        finally:
-            self.engine.abort(*position)
-            for request_id in position:
-                del self._inboxes[request_id]
+        interrupts = self.engine.interrupts
+        with interrupts.taken():
+            try:
+                for i in sorted(range(len(prompts)), key=longest_answer, reverse=True):
+                    with interrupts.held():
+                        request_id = self.engine.add(prompts[i], params[i], deadline=deadline, cache_salt=cache_salt)
+                        position[request_id] = i
+                        self._inboxes[request_id] = inbox
+                unfinished = sum(wanted.n for wanted in params)
+                while unfinished:
+                    while not inbox:
+                        self._step()
+                    delta = inbox.popleft()
+                    unfinished -= delta.finish_reason is not None
+                    delta.request_id = position[delta.request_id]
+                    yield delta
+            finally:
+                with interrupts.held():
+                    self.engine.abort(*position)
+                    for request_id in position:
+                        del self._inboxes[request_id]
 
     def _step(self) -> None:
-        for delta in self.engine.step():
-            inbox = self._inboxes.get(delta.request_id)
-            if inbox is not None:
-                inbox.append(delta)
+        with self.engine.interrupts.held():
+            for delta in self.engine.step():
+                inbox = self._inboxes.get(delta.request_id)
+                if inbox is not None:
+                    inbox.append(delta)

@@ -172,7 +172,7 @@ class Runner:
             if count == len(requests) and self._graphs.fits(count):
                 return self._decode(self._graphs, requests)
             if count and self.apart and self._graphs.fits(count):
-                return self._decode_apart(self._graphs, requests[:count], requests[count:])
+                return self._decode_apart(self._graphs, requests[:count], ready, requests[count:])
         return self._compute(requests), None
 
     @torch.inference_mode()
@@ -203,22 +203,28 @@ class Runner:
 
     @torch.inference_mode()
     def _decode_apart(
-        self, graphs: DecodeGraphs, decoding: list[Request], prompts: list[Request]
+        self, graphs: DecodeGraphs, decoding: list[Request], ready: Ready | None, prompts: list[Request]
     ) -> tuple[Tensor | None, Tensor | None]:
         """`run` for requests that bring one token each, recorded, and prompts after them, by themselves."""
-        if self.side is None:
-            logits, tokens = self._decode(graphs, decoding)
-            made = self._compute(prompts)
-        else:
+        batch = None
+        if self.side is not None:
             batch = self._batch(prompts)
             self.side.fork()
+        if ready is not None and (grown := ready.new_blocks(decoding)) is not None:
+            logits, tokens = self._decode_on(graphs, ready, grown)
+        else:
             logits, tokens = self._decode(graphs, decoding)
+        ready, self._ready = self._ready, None  # until the prompts are done
+        if self.side is None or batch is None:
+            made = self._compute(prompts)
+        else:
             with self.side.run():
                 made = self._network(batch)
-        if made is None:
-            return logits, tokens
-        self._ready, self._drawn = None, []
-        return torch.cat((logits, made)), None
+        if made is not None:
+            self._drawn = []
+            return torch.cat((logits, made)), None
+        self._ready = ready
+        return logits, tokens
 
     @torch.inference_mode()
     def keep(self, requests: list[Request], tokens: Tensor) -> None:
@@ -341,6 +347,7 @@ class Runner:
             rows += [request.row] * (count - known)
             columns += range(known, count)
             blocks += request.blocks[known:]
-            request.blocks_in_table = count
         if rows:
             self._tables[tensor_of(rows), tensor_of(columns)] = tensor_of(blocks).int()
+        for request in grown:  # not before: an interrupted step is taken again
+            request.blocks_in_table = len(request.blocks)

@@ -186,7 +186,7 @@ def told(made: dict[tuple[int, int], list], ids: list[int], wanted: list[Samplin
 def assert_empty(engine: Engine) -> None:
     """Nothing of any request is left, and every block is free."""
     scheduler = engine.scheduler
-    assert not scheduler.running and not scheduler.waiting and not engine._ended and not engine._num_deadlines
+    assert not scheduler.running and not scheduler.waiting and not engine._untold and not engine._num_deadlines
     assert not engine._flights
     assert scheduler.pool.num_free == scheduler.pool.num_blocks
     assert not any(scheduler.pool._references)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import signal
 import subprocess
 import sys
+import threading
 import weakref
 
 import pytest
@@ -118,6 +120,67 @@ def test_a_closed_stream_leaves_nothing_running(llm):
     assert not llm.engine.scheduler.running and not llm.engine.scheduler.waiting and not llm._inboxes
     assert len(llm.generate("one", GREEDY)[0].token_ids) == 6
     assert_empty(llm.engine)
+
+
+@pytest.mark.parametrize("where", ["network", "books", "last step"])
+def test_ctrl_c_loses_no_token_and_leaves_the_engine_whole(llm, where, monkeypatch):
+    prompts = [[1, 2, 3], [4, 5]]
+    expected = [output.token_ids for output in llm.generate(prompts, GREEDY)]
+    what = (llm.engine.runner, "run") if where == "network" else (llm.engine.scheduler, "launched")
+    calls, call = [], getattr(*what)
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) == (6 if where == "last step" else 3):
+            signal.raise_signal(signal.SIGINT)
+        return call(*given)
+
+    made = [[], []]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(*what, interrupted)
+        for delta in llm.generate(prompts, GREEDY, stream=True):
+            made[delta.request_id] += delta.token_ids
+    count = {"network": 2, "books": 3, "last step": 6}[where]  # what was made when it came is handed out
+    assert made == [tokens[:count] for tokens in expected]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert_empty_after_a_step(llm)
+    assert [output.token_ids for output in llm.generate(prompts, GREEDY)] == expected
+
+
+def assert_empty_after_a_step(llm):
+    llm.engine.step()  # hands out what told that the answers were ended
+    assert_empty(llm.engine)
+
+
+def test_a_handler_of_the_callers_own_is_called_and_kept(llm, monkeypatch):
+    came, launched = [], llm.engine.scheduler.launched
+    monkeypatch.setattr(
+        llm.engine.scheduler, "launched", lambda *given: (signal.raise_signal(signal.SIGINT), launched(*given))
+    )
+    before = signal.signal(signal.SIGINT, lambda *given: came.append(given))
+    try:
+        own = signal.getsignal(signal.SIGINT)
+        assert len(llm.generate([1, 2], GREEDY)[0].token_ids) == 6
+        assert signal.getsignal(signal.SIGINT) is own and len(came) == 6
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_thread_that_is_not_the_main_one_generates(llm):
+    made = []
+    thread = threading.Thread(target=lambda: made.extend(llm.generate([1, 2], GREEDY)))
+    thread.start()
+    thread.join()
+    assert len(made[0].token_ids) == 6 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    stream = llm.generate([1, 2], GREEDY, stream=True)
+    next(stream)
+    thread = threading.Thread(target=stream.close)
+    thread.start()
+    thread.join()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert_empty_after_a_step(llm)
 
 
 def test_a_bad_prompt_is_refused_before_anything_runs(llm):
