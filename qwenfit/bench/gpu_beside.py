@@ -8,7 +8,6 @@ Writes OUT/gpu-beside.json and prints a table. Without a GPU a tiny model shows 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 
 from qwenfit.bench.gpu_common import GPU, Figures, greedy, prompt, relative_error, synchronize
+from qwenfit.bench.gpu_kernels import record_head
 from qwenfit.bench.gpu_mix import engine_of
 from qwenfit.engine.beside import SideStream
 from qwenfit.engine.llm import LLM
@@ -35,16 +35,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=110 if GPU else 3)
     parser.add_argument("--context", type=int, default=800 if GPU else 12)
     options = parser.parse_args()
-    made: Figures = {
-        "kind": "gpu beside",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": "python -m qwenfit.bench.gpu_beside",
-        "hardware": torch.cuda.get_device_name() if GPU else "no GPU: a tiny model",
-        "torch": torch.__version__,
-        "model": options.model,
-        "requests": options.requests,
-        "context": options.context,
-    }
+    made: Figures = record_head("gpu beside") | {
+        "model": options.model, "requests": options.requests, "context": options.context,
+    }  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     for kv in options.kv.split(","):
         made[kv] = measure(options.model, kv, options.requests, options.context)
@@ -66,6 +59,7 @@ def measure(name: str, kv: str, count: int, context: int) -> Figures:
     while engine.scheduler.waiting or not all(request.num_generated for request in engine.scheduler.running):
         engine.step()
     figures: Figures = {}
+    expected: dict[int, torch.Tensor] = {}  # the logits of the one batch by the length of its prompt
     for way in ways(llm, count):
         figures[way], errors = {}, {}
         for length in LENGTHS:
@@ -86,9 +80,6 @@ def measure(name: str, kv: str, count: int, context: int) -> Figures:
         if errors:
             figures[way]["error"] = max(errors.values())
     return figures
-
-
-expected: dict[int, torch.Tensor] = {}  # the logits of the one batch by the length of its prompt
 
 
 def parts(way: str, batch: list[Request]) -> list[Request]:

@@ -209,7 +209,7 @@ def record_head(kind: str) -> dict[str, Any]:
         "kind": kind,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": f"python -m qwenfit.bench.{kind.replace(' ', '_')} " + " ".join(sys.argv[1:]),
-        "hardware": torch.cuda.get_device_name(),
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: a tiny model",
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
     }
 

@@ -46,7 +46,7 @@ def mix(kv: str, bits: int | None = None, tokens: int | None = None, beside: boo
     llm = engine_of(kv, bits, cached)
     if beside and GPU:
         llm.engine.runner.apart = True
-        llm.engine.runner.side = SideStream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
+        llm.engine.runner.side = SideStream()
         llm.engine.add(prompt(LOW, llm.config, 1), greedy(8))
         for _ in range(3):
             llm.engine.step()

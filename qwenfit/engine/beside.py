@@ -19,8 +19,9 @@ class SideStream:
     allocated in `run` belongs to this stream: its next `fork` is after the current stream's use of it.
     """
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self.stream = stream
+    def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
+        """stream: not the current one; None: a new one."""
+        self.stream = stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._forked = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def fork(self) -> None:

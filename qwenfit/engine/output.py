@@ -100,29 +100,27 @@ class RequestOutput:
 
 def collect(prompts: list[list[int]], params: Sequence[SamplingParams], deltas: Iterable[Delta]) -> list[RequestOutput]:
     """Join the deltas of each answer. Only the last is kept: garbage collections would look at all of them."""
-    texts: dict[tuple[int, int], list[str]] = {}
-    tokens: dict[tuple[int, int], list[int]] = {}
-    logprobs: dict[tuple[int, int], list[TokenLogprob]] = {}
-    for i, wanted in enumerate(params):
-        for index in range(wanted.n):
-            texts[i, index], tokens[i, index], logprobs[i, index] = [], [], []
+    parts: dict[tuple[int, int], tuple[list[str], list[int], list[TokenLogprob]]] = {
+        (i, index): ([], [], []) for i, wanted in enumerate(params) for index in range(wanted.n)
+    }
     ends: dict[tuple[int, int], Delta] = {}
     for delta in deltas:
         key = delta.request_id, delta.index
-        texts[key].append(delta.text)
-        tokens[key] += delta.token_ids
-        logprobs[key] += delta.logprobs or ()
+        texts, tokens, logprobs = parts[key]
+        texts.append(delta.text)
+        tokens += delta.token_ids
+        logprobs += delta.logprobs or ()
         if delta.finish_reason is not None:
             ends[key] = delta
     outputs = [RequestOutput(prompt, []) for prompt in prompts]
-    for key in texts:
+    for key, (texts, tokens, logprobs) in parts.items():
         last = ends[key]
         assert last.finish_reason is not None and last.stats is not None
         completion = Completion(
             index=last.index,
-            text="".join(texts[key]),
-            token_ids=tokens[key],
-            logprobs=None if last.logprobs is None else logprobs[key],
+            text="".join(texts),
+            token_ids=tokens,
+            logprobs=None if last.logprobs is None else logprobs,
             finish_reason=last.finish_reason,
             stop_reason=last.stop_reason,
             error=last.error,

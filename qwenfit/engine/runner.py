@@ -113,7 +113,7 @@ class Runner:
         )
         self.side: SideStream | None = None  # where they then run beside that part; None: after it
         self._ready: Ready | None = None  # None: the next step's inputs come from the host
-        self._drawn: list[Request] = []  # of the last step, a graph's, where it is for the sampler to choose
+        self._drawn: Ready | None = None  # the same, once the sampler has chosen the last step's tokens
         self._prompts: PromptGraphs | None = None
         self._transformer: Transformer | None = None  # what the fused steps take; None: they are not for this model
         self._last = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)  # token by row, for those pending
@@ -164,10 +164,11 @@ class Runner:
         likeliest and the device has chosen it: the next step finds it already. Both are valid until then.
         """
         ready, self._ready = self._ready, None  # an exception leaves None
-        self._drawn = []
+        self._drawn = None
         if self._graphs is not None:
-            if ready is not None and (grown := ready.new_blocks(requests)) is not None:
-                return self._decode_on(self._graphs, ready, grown)
+            made = self._decode_on(self._graphs, requests, ready)
+            if made is not None:
+                return made
             count = next((i for i, request in enumerate(requests) if not _decodes(request)), len(requests))
             if count == len(requests) and self._graphs.fits(count):
                 return self._decode(self._graphs, requests)
@@ -206,22 +207,19 @@ class Runner:
         self, graphs: DecodeGraphs, decoding: list[Request], ready: Ready | None, prompts: list[Request]
     ) -> tuple[Tensor | None, Tensor | None]:
         """`run` for requests that bring one token each, recorded, and prompts after them, by themselves."""
-        batch = None
-        if self.side is not None:
+        side = self.side
+        if side is not None:
             batch = self._batch(prompts)
-            self.side.fork()
-        if ready is not None and (grown := ready.new_blocks(decoding)) is not None:
-            logits, tokens = self._decode_on(graphs, ready, grown)
-        else:
-            logits, tokens = self._decode(graphs, decoding)
+            side.fork()
+        logits, tokens = self._decode_on(graphs, decoding, ready) or self._decode(graphs, decoding)
         ready, self._ready = self._ready, None  # until the prompts are done
-        if self.side is None or batch is None:
+        if side is None:
             made = self._compute(prompts)
         else:
-            with self.side.run():
+            with side.run():
                 made = self._network(batch)
         if made is not None:
-            self._drawn = []
+            self._drawn = None
             return torch.cat((logits, made)), None
         self._ready = ready
         return logits, tokens
@@ -232,9 +230,9 @@ class Runner:
 
         Not for tokens that came from `run`.
         """
-        if self._graphs is not None and self._drawn == requests:
+        if self._graphs is not None and self._drawn is not None and self._drawn.requests == requests:
             self._graphs.take(tokens)
-            self._ready = Ready(requests, [request.computed + 1 for request in requests], False)
+            self._ready = self._drawn
         else:
             rows = to_device(torch.tensor([request.row for request in requests]), self.device)
             self._last[rows] = tokens.clamp(min=0)
@@ -247,12 +245,17 @@ class Runner:
         """`run` for requests that bring one token each, as one replay of a CUDA graph."""
         logits, tokens = self._fill_and_run(graphs, requests)
         likeliest = all(request.takes_likeliest for request in requests)
-        return self._decoded(requests, [request.computed + 1 for request in requests], likeliest, logits, tokens)
+        return self._decoded(Ready(requests, [request.computed + 1 for request in requests], likeliest), logits, tokens)
 
     @torch.inference_mode()
-    def _decode_on(self, graphs: DecodeGraphs, ready: Ready, grown: list[Request]) -> tuple[Tensor, Tensor | None]:
-        """`_decode` of the step that the graph's inputs stand for, but for the blocks that `grown` begin."""
-        requests, new = ready.requests, None
+    def _decode_on(
+        self, graphs: DecodeGraphs, requests: list[Request], ready: Ready | None
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """`_decode` where the graph's inputs stand for that step, but for blocks that it begins; None: they do not."""
+        grown = None if ready is None else ready.new_blocks(requests)
+        if ready is None or grown is None:
+            return None
+        new = None
         if grown:
             self._update_tables(grown)
             at = {request: i for i, request in enumerate(requests)}
@@ -264,16 +267,14 @@ class Runner:
             new = to_device(tensor_of(numbers).view(3, -1), self.device)
         logits, tokens = graphs.run_next(new)
         likeliest = ready.likeliest or all(request.takes_likeliest for request in requests)
-        return self._decoded(requests, [count + 1 for count in ready.computed], likeliest, logits, tokens)
+        return self._decoded(Ready(requests, [count + 1 for count in ready.computed], likeliest), logits, tokens)
 
-    def _decoded(
-        self, requests: list[Request], computed: list[int], likeliest: bool, logits: Tensor, tokens: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """What a graph gave, as `run` returns it; `computed`: the tokens of each request after it."""
-        if not likeliest:
-            self._drawn = requests
+    def _decoded(self, after: Ready, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What a graph gave, as `run` returns it; `after`: the step that its inputs stand for then."""
+        if not after.likeliest:
+            self._drawn = after
             return logits, None
-        self._ready = Ready(requests, computed, True)
+        self._ready = after
         return logits, tokens
 
     @torch.inference_mode()

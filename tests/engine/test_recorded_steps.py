@@ -397,14 +397,11 @@ def interrupted_at(call: int, prompts: list[list[int]]) -> tuple[Engine, list[in
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a generator that was interrupted
 def test_ctrl_c_may_come_at_any_call(monkeypatch):
-    monkeypatch.setattr(graphs, "fill_step", fill_step_reference)
-    monkeypatch.setattr(graphs, "advance", advance_reference)
-    monkeypatch.setattr(graphs, "extend", extend_reference)
-    monkeypatch.setattr(greedy_kernels, "greedy", plain_greedy)
-    prompts, apart = [[1, 2, 3], [4, 5], [6] * 9], 7
+    use_references(monkeypatch)
+    prompts, stride = [[1, 2, 3], [4, 5], [6] * 9], 7
     *_, calls = interrupted_at(0, prompts)
     assert calls > 500
-    for call in range(1 + random.randrange(apart), calls, apart):
+    for call in range(1 + random.randrange(stride), calls, stride):
         engine, ids, made, _ = interrupted_at(call, prompts)
         check_alone(engine, by_answer(made), ids, prompts, [9] * 3)
         assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
@@ -428,12 +425,8 @@ SEEN: Counter[str] = Counter()
 @settings(run_settings, max_examples=max(CASES // 4, 10))
 @given(sizes, st.lists(arrivals, min_size=2, max_size=8))
 def test_every_answer_is_the_one_given_alone(options, requests):
-    """By the kernels' references, which are a hundred times as fast here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graphs, "fill_step", fill_step_reference)
-        patch.setattr(graphs, "advance", advance_reference)
-        patch.setattr(graphs, "extend", extend_reference)
-        patch.setattr(greedy_kernels, "greedy", plain_greedy)
+        use_references(patch)
         engine = recorded_engine(**options)
 
         def expected(prompt, params, _):
@@ -445,6 +438,14 @@ def test_every_answer_is_the_one_given_alone(options, requests):
     SEEN["could be beside"] += beside
     SEEN["beside"] += engine.runner.side.beside if beside else 0
     assert_empty(engine)
+
+
+def use_references(patch: pytest.MonkeyPatch) -> None:
+    """In place of the kernels: they are a hundred times as fast here."""
+    patch.setattr(graphs, "fill_step", fill_step_reference)
+    patch.setattr(graphs, "advance", advance_reference)
+    patch.setattr(graphs, "extend", extend_reference)
+    patch.setattr(greedy_kernels, "greedy", plain_greedy)
 
 
 def plain_greedy(logits, vocab_size, banned, out):

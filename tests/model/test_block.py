@@ -25,8 +25,8 @@ def inference() -> object:
         yield
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, steps: float = 4) -> None:
-    """Equal up to `steps` units in the last place of the largest value: two for each, sums being in another order."""
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, steps: float = 2) -> None:
+    """Equal up to `steps` units in the last place of the largest value."""
     assert actual.dtype == expected.dtype and actual.shape == expected.shape
     largest = float(expected.float().abs().max())
     assert float((actual.float() - expected.float()).abs().max()) <= steps * torch.finfo(actual.dtype).eps * largest
@@ -40,7 +40,8 @@ def randn(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
 @pytest.mark.parametrize(("rows", "width"), [(1, 896), (3, 7), (70, 1024)])
 def test_rms_norm(rows: int, width: int, dtype: torch.dtype) -> None:
     x, weight = randn(rows, width, dtype=dtype, scale=3), randn(width, dtype=dtype)
-    assert_close(rms_norm(x, weight, 1e-6), rms_norm_reference(x, weight, 1e-6))
+    steps = 4 if dtype == torch.float32 else 2  # each is two from the exact value, its sum in another order
+    assert_close(rms_norm(x, weight, 1e-6), rms_norm_reference(x, weight, 1e-6), steps)
     assert torch.isnan(rms_norm(x.fill_(torch.nan), weight, 1e-6)).all()
 
 
