@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from operator import attrgetter
 
 from qwenfit.engine.block_pool import BlockPool, block_hash
 from qwenfit.engine.request import Request
@@ -41,6 +42,8 @@ class Scheduler:
             if request.computed < len(request.blocks) * size or self._reserve(request):
                 request.scheduled = 1
                 batch.append(request)
+        # The longest first: attention hands them out one by one, and none is begun when the others are done.
+        batch.sort(key=attrgetter("computed"), reverse=True)
         budget = self.max_batched_tokens - len(batch)
         if len(batch) < len(self.running):
             for request in self.running:
