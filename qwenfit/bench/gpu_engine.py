@@ -49,14 +49,13 @@ from qwenfit.bench.gpu_prefill import (
     choose_attention,
     compile_attention,
 )
-from qwenfit.engine.beside import SideStream
 from qwenfit.engine.llm import LLM
 from qwenfit.kernels.triton import tuning
 from qwenfit.model.batch import Chunk, make_batch
 
 NEEDS = {  # seconds of each part on one H200, in the order in which they are run
     "attention": 0, "errors": 8, "text": 30, "first_token": 9, "decode": 12, "mix_int8": 30, "mix_bf16": 40,
-    "mix_int4": 30, "mix_int8_beside": 30, "mix_bf16_beside": 40, "steps_int8": 15, "steps_bf16": 15, "steps_int4": 15,
+    "mix_int4": 30, "steps_int8": 15, "steps_bf16": 15, "steps_int4": 15,
 }  # fmt: skip
 USUAL = "attention,errors,first_token,mix_int8,mix_bf16,mix_int4"
 PAUSE = 0.15  # seconds between prompts, as a card that is never idle runs at a lower clock
@@ -81,10 +80,8 @@ def check_text() -> Figures:
         together = LLM.from_parts(
             model.to(DEVICE), config, None, device=DEVICE, num_blocks=24, max_num_seqs=4, max_batched_tokens=64, **sizes
         )
-        for way in ("one batch", "prompts after", "prompts beside") if GPU else ("one batch",):
-            runner = together.engine.runner
-            runner.apart = way != "one batch"
-            runner.side = SideStream() if way == "prompts beside" else None
+        for way, apart in (("one batch", False), ("prompts apart", True)) if GPU else (("one batch", False),):
+            together.engine.runner.apart = apart
             got = [output.token_ids for output in together.generate(prompts, params)]
             same[f"{name}, {way}"] = sum(a == b for a, b in zip(got, expected, strict=True)) / len(prompts)
     return same
@@ -220,8 +217,6 @@ def main() -> None:
         "mix_int8": lambda: mix("int8"),
         "mix_bf16": lambda: mix("bf16"),
         "mix_int4": lambda: mix("bf16", 4),
-        "mix_int8_beside": lambda: mix("int8", beside=True),
-        "mix_bf16_beside": lambda: mix("bf16", beside=True),
         "steps_int8": lambda: anatomy("int8"),
         "steps_bf16": lambda: anatomy("bf16"),
         "steps_int4": lambda: anatomy("int8", 4),

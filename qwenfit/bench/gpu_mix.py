@@ -25,7 +25,6 @@ from qwenfit.bench.gpu_common import (
     random_network,
     synchronize,
 )
-from qwenfit.engine.beside import SideStream
 from qwenfit.engine.llm import LLM
 from qwenfit.engine.sampler import Chosen
 from qwenfit.model.kv_cache import kv_bytes_per_token
@@ -36,22 +35,11 @@ MIX_TOKENS = {"bf16": 112_944, "int8": 225_888}  # of cache: equal bytes but for
 COUNT, LOW, HIGH = (256, 100, 1024) if GPU else (6, 4, 20)  # requests, and the bounds of their lengths
 
 
-def mix(kv: str, bits: int | None = None, tokens: int | None = None, beside: bool = False) -> Figures:
-    """256 requests of 100 to 1,024 tokens in and out, uniformly random, all there at the start.
-
-    beside: prompts run beside the recorded step of the others.
-    """
+def mix(kv: str, bits: int | None = None, tokens: int | None = None) -> Figures:
+    """256 requests of 100 to 1,024 tokens in and out, uniformly random, all there at the start."""
     began = time.perf_counter()
     cached = (tokens or MIX_TOKENS[kv]) if GPU else 160
     llm = engine_of(kv, bits, cached)
-    if beside and GPU:
-        llm.engine.runner.apart = True
-        llm.engine.runner.side = SideStream()
-        llm.engine.add(prompt(LOW, llm.config, 1), greedy(8))
-        for _ in range(3):
-            llm.engine.step()
-        llm.generate([prompt(LOW, llm.config, 2)], greedy(8))  # comes to the other
-        synchronize()
     config = llm.config
     ready = time.perf_counter() - began
     lengths = random.Random(0)
@@ -67,7 +55,6 @@ def mix(kv: str, bits: int | None = None, tokens: int | None = None, beside: boo
     return {
         "kv_cache": kv,
         "bits": bits,
-        "beside": beside,
         "cache_tokens": cached,
         "cache_bytes": cached * kv_bytes_per_token(config, kv),
         "output_tokens": made,

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
+from qwenfit.engine.padding import SIZES
 from qwenfit.kernels.triton.step_inputs import advance, extend, fill_step
 from qwenfit.model.decode import DecodeStep
 from qwenfit.model.kv_cache import KVCache
 from qwenfit.model.transformer import Transformer
-
-SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 
 
 class DecodeGraphs:
@@ -40,7 +39,6 @@ class DecodeGraphs:
         self.sizes = [size for size in SIZES if size < max_batch]
         self.sizes += [size for size in SIZES if size >= max_batch][:1]
         self.pool: Any = None  # torch's handle of the memory that all graphs share
-        self.stream: torch.cuda.Stream | None = None  # where steps are recorded; its priority is theirs
         self._recorded: dict[int, tuple[DecodeStep, torch.cuda.CUDAGraph]] = {}
         self._batch = self._size = 0  # of the last step
         self._logits = torch.empty(self.sizes[-1], model.config.vocab_size, device=device)
@@ -48,6 +46,10 @@ class DecodeGraphs:
 
     def fits(self, batch: int) -> bool:
         return batch <= self.sizes[-1]
+
+    def recorded(self, size: int) -> torch.cuda.CUDAGraph:
+        """The step of one of `sizes`; until inputs are filled in, of padding."""
+        return self._recorded[size][1]
 
     def record(self) -> None:
         """Record all sizes, the largest first: the memory that it takes serves the others too.
@@ -99,7 +101,7 @@ class DecodeGraphs:
         self._run(step)  # compiles the kernels; all rows are padding, so the cache is left alone
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        with torch.cuda.graph(graph, pool=self.pool):
             self._run(step)
         self.pool = graph.pool()
         self._recorded[size] = step, graph

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qwenfit.engine.copies import tensor_of, to_device
+from qwenfit.engine.costs import seconds
 from qwenfit.kernels.triton.ragged import RaggedPlan
 from qwenfit.model.kv_cache import KVCache
 from qwenfit.model.prefill import run_layers
@@ -60,6 +61,7 @@ class PromptGraphs:
         self._pool = pool
         self._steps: dict[int, PromptStep] = {}
         self._recorded: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self.seconds: dict[int, float] = {}  # that the device takes for each length that is recorded
 
     @staticmethod
     def size_for(length: int) -> int | None:
@@ -77,6 +79,7 @@ class PromptGraphs:
         step.fill(ids, slots)
         if size not in self._recorded:
             self._recorded[size] = self._record(step)
+            self.seconds[size] = seconds(self._recorded[size][0].replay)
         graph, logits = self._recorded[size]
         graph.replay()
         return logits

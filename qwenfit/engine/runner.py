@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -10,14 +9,16 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from qwenfit.engine.copies import tensor_of, to_device
+from qwenfit.engine.costs import Costs
+from qwenfit.engine.padding import padded
 from qwenfit.engine.request import Request
 from qwenfit.model.batch import Batch
 from qwenfit.model.kv_cache import PARITY, KVCache
 
 if TYPE_CHECKING:
-    from qwenfit.engine.beside import SideStream
     from qwenfit.engine.graphs import DecodeGraphs
     from qwenfit.engine.prompt_graphs import PromptGraphs
     from qwenfit.model.transformer import Transformer
@@ -108,10 +109,10 @@ class Runner:
         self.device = device
         self._greedy = greedy
         self._graphs: DecodeGraphs | None = None
-        self.apart = (
-            False  # whether prompts run by themselves in a step whose other part is recorded; else as one batch
-        )
-        self.side: SideStream | None = None  # where they then run beside that part; None: after it
+        # Whether prompts run by themselves after the recorded rest of their step; None: where that is faster.
+        self.apart: bool | None = None
+        self._costs: Costs | None = None  # None: not measured, so that None is False
+        self.pads = False  # whether a step with prompts is padded to numbers of rows whose products are loaded
         self._ready: Ready | None = None  # None: the next step's inputs come from the host
         self._drawn: Ready | None = None  # the same, once the sampler has chosen the last step's tokens
         self._prompts: PromptGraphs | None = None
@@ -125,27 +126,20 @@ class Runner:
 
     def _warm_up(self, model: Transformer, max_num_seqs: int, max_batched_tokens: int) -> None:
         """Compile and record at the start what would stop the requests later. The cache is still empty."""
-        from qwenfit.engine.warm_up import load_products
-        from qwenfit.kernels.triton.prompt_attention import Turn
-        from qwenfit.kernels.triton.ragged import compile_prompt_attention
+        from qwenfit.engine.warm_up import compile_prompts, load_products
         from qwenfit.model.batch import Chunk, make_batch
         from qwenfit.model.prefill import prefill
 
-        config, size = model.config, self.block_size
-        heads = config.num_heads + 2 * config.num_kv_heads
-        qkv = torch.zeros(16, heads, config.head_dim, dtype=model.dtype, device=self.device)
-        if model.dtype != torch.float32:
-            at = torch.arange(16, device=self.device)
-            angles = model.rotary.angles(at, [16], [1.0], math.inf, model.dtype)
-            turn = None if config.qk_norm else Turn(angles.cos, angles.sin, angles.query_scale)
-            compile_prompt_attention(qkv, config.num_kv_heads, turn)
+        size = self.block_size
+        compile_prompts(model, self.cache, self.device)
         if self.cache.num_blocks >= 2:  # a decoded token, and the second part of a prompt
             table = [0] * self._tables.shape[1]
             chunks = [Chunk([0], 1, table), Chunk([0] * size, size, [0, 1, *table[2:]])]
             batch = make_batch(chunks, size, self.device)
             prefill(model, batch, self.cache, batch.logits_indices)
         if _plain(model):
-            if max_num_seqs > 1 and self.device.type == "cuda":
+            self.pads = max_num_seqs > 1
+            if self.pads and self.device.type == "cuda":
                 load_products(model, self.cache, max_batched_tokens)
             from qwenfit.engine.graphs import DecodeGraphs
             from qwenfit.engine.prompt_graphs import PromptGraphs
@@ -155,6 +149,12 @@ class Runner:
             )
             self._graphs.record()
             self._prompts = PromptGraphs(model, self.cache, self._graphs.pool, self.device)
+            if self.cache.num_blocks >= 2 and self.device.type == "cuda":
+
+                def launch() -> Tensor:
+                    return prefill(model, batch, self.cache, batch.logits_indices)
+
+                self._costs = Costs.measured(launch, self._graphs, self.cache)
 
     def run(self, requests: list[Request]) -> tuple[Tensor | None, Tensor | None]:
         """Compute each request's scheduled tokens.
@@ -172,7 +172,7 @@ class Runner:
             count = next((i for i, request in enumerate(requests) if not _decodes(request)), len(requests))
             if count == len(requests) and self._graphs.fits(count):
                 return self._decode(self._graphs, requests)
-            if count and self.apart and self._graphs.fits(count):
+            if count and self._graphs.fits(count) and self._runs_apart(requests[:count], requests[count:]):
                 return self._decode_apart(self._graphs, requests[:count], ready, requests[count:])
         return self._compute(requests), None
 
@@ -185,13 +185,6 @@ class Runner:
             if size is not None:
                 return self._prompts.run(size, first.tokens, self._slots(first.blocks, 0, first.length))
         batch = self._batch(requests)
-        if self.side is None:
-            return self._network(batch)
-        self.side.fork()
-        with self.side.run():  # also alone: the memory that prompts take lies in one stream's pool
-            return self._network(batch)
-
-    def _network(self, batch: Batch) -> Tensor | None:
         rows = batch.logits_indices
         if self._transformer is not None:
             from qwenfit.model.prefill import prefill
@@ -199,25 +192,28 @@ class Runner:
             hidden = prefill(self._transformer, batch, self.cache, rows)
         else:
             hidden = self.model.forward(batch, self.cache)
-            hidden = hidden if len(rows) == len(hidden) else hidden[rows]
-        return self.model.logits(hidden) if len(rows) else None
+            hidden = hidden if len(rows) == len(hidden) and not self.pads else hidden[rows]
+        reached = sum(request.computed + request.scheduled == request.length for request in requests)
+        return self.model.logits(hidden)[:reached] if reached else None
+
+    def _runs_apart(self, decoding: list[Request], prompts: list[Request]) -> bool:
+        """Whether `prompts` run after the recorded step of `decoding`, not in one batch with it."""
+        if self.apart is not None or self._costs is None or self._prompts is None:
+            return bool(self.apart)
+        size = self._prompts.size_for(prompts[0].length) if len(prompts) == 1 and _whole(prompts[0]) else None
+        if size is None:
+            return False
+        context = sum(request.computed for request in decoding)
+        return self._costs.apart(len(decoding), context, self._prompts.seconds.get(size, 0.0))
 
     @torch.inference_mode()
     def _decode_apart(
         self, graphs: DecodeGraphs, decoding: list[Request], ready: Ready | None, prompts: list[Request]
     ) -> tuple[Tensor | None, Tensor | None]:
         """`run` for requests that bring one token each, recorded, and prompts after them, by themselves."""
-        side = self.side
-        if side is not None:
-            batch = self._batch(prompts)
-            side.fork()
         logits, tokens = self._decode_on(graphs, decoding, ready) or self._decode(graphs, decoding)
         ready, self._ready = self._ready, None  # until the prompts are done
-        if side is None:
-            made = self._compute(prompts)
-        else:
-            with side.run():
-                made = self._network(batch)
+        made = self._compute(prompts)
         if made is not None:
             self._drawn = None
             return torch.cat((logits, made)), None
@@ -293,6 +289,10 @@ class Runner:
         return graphs.run(on_device, to_device(tables, self.device), [request.alpha for request in requests])
 
     def _batch(self, requests: list[Request]) -> Batch:
+        """What the requests bring, and, where the runner pads, a sequence of padding that the cache keeps nothing of.
+
+        The rows whose logits are wanted are padded too, with the last of them.
+        """
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -304,6 +304,22 @@ class Runner:
             slots += self._slots(request.blocks, start, end)
             if end == request.length:
                 last.append(len(ids) - 1)
+        query_lens = [request.scheduled for request in requests]
+        context_lens = [request.computed + request.scheduled for request in requests]
+        alphas = [request.alpha for request in requests]
+        tables = self._block_tables(requests)
+        if self.pads:
+            padding = padded(len(ids)) - len(ids)
+            ids += [0] * padding
+            positions += range(padding)
+            slots += [-1] * padding
+            last += last[-1:] * (padded(len(last)) - len(last))
+            if padding:
+                query_lens.append(padding)
+                context_lens.append(padding)
+                alphas.append(alphas[-1])
+                wider = max(0, _up(-(-padding // self.block_size)) - tables.shape[1])
+                tables = pad(tables, (0, wider, 0, 1))
         # One copy to the device for the four of them; each starts at a multiple of 16 numbers, as kernels like it.
         count, gap = len(ids), [0] * (_up(len(ids)) - len(ids))
         numbers = to_device(tensor_of([*ids, *gap, *positions, *gap, *slots, *gap, *last]), self.device)
@@ -312,11 +328,11 @@ class Runner:
         return Batch(
             input_ids=self._ids(input_ids) if any(request.pending for request in requests) else input_ids,
             positions=position_ids,
-            query_lens=[request.scheduled for request in requests],
-            context_lens=[request.computed + request.scheduled for request in requests],
-            block_tables=to_device(self._block_tables(requests), self.device),
+            query_lens=query_lens,
+            context_lens=context_lens,
+            block_tables=to_device(tables, self.device),
             slots=slot_ids,
-            ntk_alphas=[request.alpha for request in requests],
+            ntk_alphas=alphas,
             logits_indices=indices,
         )
 

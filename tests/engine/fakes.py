@@ -70,7 +70,8 @@ class FakeModel:
         assert sum(batch.query_lens) == len(batch.input_ids) == len(batch.slots)
         self.token_counts.append(len(batch.input_ids))
         alphas = torch.tensor([a for a, n in zip(batch.ntk_alphas, batch.query_lens, strict=True) for _ in range(n)])
-        cache.slots[batch.slots] = torch.stack([batch.input_ids, batch.positions, alphas.long()], 1)
+        kept = batch.slots >= 0  # the rest is padding
+        cache.slots[batch.slots[kept]] = torch.stack([batch.input_ids, batch.positions, alphas.long()], 1)[kept]
         rows = []
         for table, queries, context in zip(batch.block_tables, batch.query_lens, batch.context_lens, strict=True):
             at = torch.arange(context)

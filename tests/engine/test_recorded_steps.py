@@ -97,42 +97,7 @@ class Recorded(DecodeGraphs):
         self._run(self._recorded[self._size][0])
 
 
-class FakeSide:
-    """`SideStream` whose work does not see what the recorded step does meanwhile, and must know its inputs before."""
-
-    beside = 0  # times that there was one
-
-    def __init__(self, runner) -> None:
-        self.seen = [runner._last, runner.cache.slots]
-        self.forked: list[torch.Tensor] = []
-        self.ready, make_batch = False, runner._batch
-
-        def batch(requests):
-            self.ready = True
-            return make_batch(requests)
-
-        runner._batch = batch
-
-    def fork(self) -> None:
-        assert self.ready
-        self.ready = False
-        self.forked = [tensor.clone() for tensor in self.seen]
-
-    @contextlib.contextmanager
-    def run(self):
-        made = [tensor.clone() for tensor in self.seen]
-        assert not self.ready
-        self.beside += not all(map(torch.equal, made, self.forked))
-        for tensor, before in zip(self.seen, self.forked, strict=True):
-            tensor.copy_(before)
-        try:
-            yield
-        finally:
-            for tensor, before, after in zip(self.seen, self.forked, made, strict=True):
-                tensor.copy_(after.where(after != before, tensor))
-
-
-apart = beside = False  # whether prompts run by themselves, and beside the recorded step
+apart = pads = False  # whether prompts run by themselves, and whether steps with prompts are padded
 
 
 def recorded_engine(**options) -> Engine:
@@ -143,15 +108,15 @@ def recorded_engine(**options) -> Engine:
         model, runner.cache, len(runner._last), runner._tables.shape[1], runner.device, runner._greedy, runner._last
     )
     runner._graphs.record()
-    runner.apart, runner.side = apart, FakeSide(runner) if beside else None
+    runner.apart, runner.pads = apart, pads
     return engine
 
 
-@pytest.fixture(autouse=True, params=["at once, prompts apart", "lookahead", "lookahead, prompts beside"])
+@pytest.fixture(autouse=True, params=["at once, padded", "lookahead", "lookahead, padded, prompts apart"])
 def lookahead(request, monkeypatch):
     monkeypatch.setattr(fakes, "lookahead", "lookahead" in request.param)
-    monkeypatch.setitem(globals(), "apart", "prompts" in request.param)
-    monkeypatch.setitem(globals(), "beside", "beside" in request.param)
+    monkeypatch.setitem(globals(), "apart", "apart" in request.param)
+    monkeypatch.setitem(globals(), "pads", "padded" in request.param)
     monkeypatch.setattr(sampler, "to_host", torch.clone)  # as a GPU does: a copy of what is there now
     return fakes.lookahead
 
@@ -435,8 +400,6 @@ def test_every_answer_is_the_one_given_alone(options, requests):
         check_answers(drive(engine, requests, SEEN), expected, SEEN)
     SEEN["goes on"] += engine.runner._graphs.goes_on
     SEEN["new blocks"] += engine.runner._graphs.blocks
-    SEEN["could be beside"] += beside
-    SEEN["beside"] += engine.runner.side.beside if beside else 0
     assert_empty(engine)
 
 
@@ -456,4 +419,3 @@ def test_everything_happened():
     assert_everything_happened(SEEN)
     assert SEEN["goes on"] > SEEN["steps"] / 20
     assert SEEN["new blocks"] > SEEN["steps"] / 20
-    assert SEEN["beside"] >= SEEN["could be beside"]

@@ -1,8 +1,8 @@
-"""A step of a prompt and decoding requests on a GPU: as one batch, and the prompt beside the recorded rest or after it.
+"""A step of a prompt and decoding requests on a GPU: as one batch, and the prompt after the recorded rest.
 
-    python -m qwenfit.bench.gpu_beside --out OUT [--model Qwen-7B] [--kv bf16,int8] [--requests 110] [--context 800]
+    python -m qwenfit.bench.gpu_apart --out OUT [--model Qwen-7B] [--bits 4] [--kv bf16,int8] [--requests 110]
 
-Writes OUT/gpu-beside.json and prints a table. Without a GPU a tiny model shows that the one batch runs.
+Writes OUT/gpu-apart.json and prints a table. Without a GPU a tiny model shows that the one batch runs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,12 +18,10 @@ import torch
 from qwenfit.bench.gpu_common import GPU, Figures, greedy, prompt, relative_error, synchronize
 from qwenfit.bench.gpu_kernels import record_head
 from qwenfit.bench.gpu_mix import engine_of
-from qwenfit.engine.beside import SideStream
 from qwenfit.engine.llm import LLM
 from qwenfit.engine.request import Request
 
 LENGTHS = (256, 512, 1024, 1900) if GPU else (8, 16)  # tokens of the prompt
-PROCESSORS = (64, 80, 96, 112, 124)  # that prompts are confined to
 TIMES = 6 if GPU else 2
 
 
@@ -31,18 +29,19 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="Qwen-7B")
+    parser.add_argument("--bits", type=int, help="of the weights: 4 or 8")
     parser.add_argument("--kv", default="bf16,int8")
     parser.add_argument("--requests", type=int, default=110 if GPU else 3)
     parser.add_argument("--context", type=int, default=800 if GPU else 12)
     options = parser.parse_args()
-    made: Figures = record_head("gpu beside") | {
-        "model": options.model, "requests": options.requests, "context": options.context,
+    made: Figures = record_head("gpu apart") | {
+        "model": options.model, "bits": options.bits, "requests": options.requests, "context": options.context,
     }  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     for kv in options.kv.split(","):
-        made[kv] = measure(options.model, kv, options.requests, options.context)
-        (options.out / "gpu-beside.json").write_text(json.dumps(made, indent=1) + "\n")
-        print(f"\n{made['hardware']}, {options.model}, {kv} cache")
+        made[kv] = measure(options.model, options.bits, kv, options.requests, options.context)
+        (options.out / "gpu-apart.json").write_text(json.dumps(made, indent=1) + "\n")
+        print(f"\n{made['hardware']}, {options.model} {options.bits or 16} bits, {kv} cache")
         print(f"{options.requests} requests of {options.context} tokens")
         print(f"{'ms of a step':40}" + "".join(f"{length:>9}" for length in LENGTHS))
         for name, figures in made[kv].items():
@@ -50,9 +49,9 @@ def main() -> None:
             print(f"{name:40}" + "".join(f"{x:9.2f}" if isinstance(x, float) else f"{x!s:>9.8}" for x in shown))
 
 
-def measure(name: str, kv: str, count: int, context: int) -> Figures:
+def measure(name: str, bits: int | None, kv: str, count: int, context: int) -> Figures:
     """Milliseconds of a step by how it is run and the length of its prompt, and the error against the one batch."""
-    llm = engine_of(kv, None, count * (context + 160) + 4096, name)
+    llm = engine_of(kv, bits, count * (context + 160) + 4096, name)
     engine, config = llm.engine, llm.config
     for i in range(count):
         engine.add(prompt(context, config, i), greedy(200 if GPU else 8))
@@ -60,7 +59,7 @@ def measure(name: str, kv: str, count: int, context: int) -> Figures:
         engine.step()
     figures: Figures = {}
     expected: dict[int, torch.Tensor] = {}  # the logits of the one batch by the length of its prompt
-    for way in ways(llm, count):
+    for way in ways(llm):
         figures[way], errors = {}, {}
         for length in LENGTHS:
             fits = min(length, engine.scheduler.max_batched_tokens - count)
@@ -72,8 +71,6 @@ def measure(name: str, kv: str, count: int, context: int) -> Figures:
                     expected[length] = logits
                 elif len(logits) == len(expected[length]):
                     errors[str(length)] = relative_error(logits, expected[length])
-            except RuntimeError as failure:
-                figures[way][str(length)] = repr(failure)[:300]
             finally:
                 engine.scheduler.undo(batch)
                 engine.abort(request_id)
@@ -89,10 +86,10 @@ def parts(way: str, batch: list[Request]) -> list[Request]:
     return batch[-1:] if way.startswith("prompt alone") else batch
 
 
-def ways(llm: LLM, count: int) -> Iterator[str]:
+def ways(llm: LLM) -> Iterator[str]:
     """Set up one way to run a step after the other; yields its name."""
     runner = llm.engine.runner
-    prompts, runner._prompts = runner._prompts, None
+    prompts, runner._prompts, runner.apart = runner._prompts, None, False
     yield "one batch"
     yield "decoding alone"
     yield "prompt alone"
@@ -101,44 +98,8 @@ def ways(llm: LLM, count: int) -> Iterator[str]:
     runner._prompts = prompts
     yield "prompt alone, recorded"
     yield "prompt after, recorded"
-    runner._prompts = None
-    graphs = runner._graphs
-    if graphs is not None:
-        size = next(size for size in graphs.sizes if size >= count)
-        for decoding, priority in (("", 0), (", decoding first", -1)):
-            if priority:
-                graphs.stream = torch.cuda.Stream(priority=priority)  # type: ignore[no-untyped-call]
-                graphs._record(size)
-            for name, make in side_streams().items():
-                try:
-                    runner.side = SideStream(make())
-                except (RuntimeError, TypeError, AttributeError) as failure:
-                    print(f"{name}: {failure!r}"[:300])
-                    continue
-                yield name + decoding
-    runner.apart, runner.side, runner._prompts = False, None, prompts
-
-
-def side_streams() -> dict[str, Callable[[], torch.cuda.Stream]]:
-    def confined(processors: int) -> Callable[[], torch.cuda.Stream]:
-        def make() -> torch.cuda.Stream:
-            from torch.cuda.green_contexts import GreenContext
-
-            context = GreenContext.create(num_sms=processors, device_id=0)
-            kept.append(context)
-            stream = context.Stream()  # type: ignore[attr-defined]
-            if isinstance(stream, torch.cuda.Stream):
-                return stream
-            return torch.cuda.ExternalStream(stream.native_handle)  # type: ignore[no-untyped-call]
-
-        return make
-
-    kept: list[object] = []  # contexts, for as long as their streams
-    made: dict[str, Callable[[], torch.cuda.Stream]] = {
-        "beside": torch.cuda.Stream,
-        "beside, prompts first": lambda: torch.cuda.Stream(priority=-1),  # type: ignore[no-untyped-call]
-    }
-    return made | {f"beside, prompts on {n} processors": confined(n) for n in PROCESSORS}
+    runner.apart = None
+    yield "as the engine chooses"
 
 
 def timed(llm: LLM, batch: list[Request]) -> tuple[float, torch.Tensor]:
