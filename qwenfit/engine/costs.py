@@ -45,10 +45,10 @@ class Costs:
         return cls(launching, decoding, reading * cache.nbytes / (cache.num_blocks * cache.block_size))
 
 
-def seconds(run: Callable[[], object], wait: bool = True) -> float:
-    """What the device needs for it, or, unless `wait`, the host: the least of three times."""
+def seconds(run: Callable[[], object], wait: bool = True, times: int = 3) -> float:
+    """What the device needs for it, or, unless `wait`, the host: the least of so many times."""
     least = math.inf
-    for _ in range(3):
+    for _ in range(times):
         _synchronize()
         began = time.perf_counter()
         run()

@@ -48,6 +48,46 @@ def test_one_query_per_sequence(heads: int, kv_heads: int, head_dim: int, quanti
     assert bool((out[2] == 0).all())  # a padding row
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 2, 64), (7, 1, 128)])
+@pytest.mark.parametrize("splits", [1, 4])
+def test_codes_are_multiplied_as_they_are(heads: int, kv_heads: int, head_dim: int, splits: int) -> None:
+    """Of 16-bit models; values of very different sizes, and queries far from 1."""
+    cache = filled(kv_heads, head_dim, 40, True)
+    assert cache.value_affine is not None
+    cache.value_affine[..., 0] *= torch.exp(3 * random(40, BLOCK_SIZE, kv_heads, seed=2))
+    tables = torch.randperm(40, generator=torch.Generator().manual_seed(0)).view(4, 10).int().to(DEVICE)
+    context = torch.tensor([1, 37, 0, 16], device=DEVICE)
+    for size in (1e-3, 1.0, 30.0):
+        q = (random(4, heads, head_dim) * size).half()
+        out = poisoned(4, heads * head_dim).half()
+        decode_attention(q, cache, tables, context, 0.3, out=out, splits=splits, config=TINY)
+        reference = decode_attention_reference(q.float(), cache, tables, context, 0.3)
+        assert error(out.float(), reference) < 3e-3  # the weights of values are rounded to 11 bits
+        assert bool((out[2] == 0).all())
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_the_newest_token_of_a_16_bit_model_joins_codes(norms: bool) -> None:
+    heads, kv_heads, dim, lengths = 6, 2, 64, [1, 33, 0, 16, 39]
+    ours, theirs = filled(kv_heads, dim, 50, True), filled(kv_heads, dim, 50, True)
+    tables = torch.randperm(50, generator=torch.Generator().manual_seed(0)).view(5, 10).int().to(DEVICE)
+    context = torch.tensor(lengths, device=DEVICE)
+    places = [int(tables[i, (n - 1) // 4]) * 4 + (n - 1) % 4 if n else -1 for i, n in enumerate(lengths)]
+    slots = torch.tensor(places, device=DEVICE)
+    qkv = random(5, heads + 2 * kv_heads, dim).half()
+    cos, sin, scale = random(5, 1, dim), random(5, 1, dim, seed=1), (random(5, 1, 1) * 0.1 + 1).half()
+    head_norms = ((random(dim) * 0.1 + 1).half(), (random(dim, seed=1) * 0.1 + 1).half()) if norms else None
+    for splits in (1, 2):
+        out = poisoned(5, heads * dim).half()
+        new = NewTokens(cos, sin, scale, head_norms, 1e-6, slots)
+        decode_step_attention(qkv, new, ours, tables, context, 0.3, out=out, splits=splits, config=TINY)
+        q = rotary_cache_reference(qkv, cos, sin, scale, head_norms, 1e-6, slots, theirs)
+        reference = decode_attention_reference(q.float(), theirs, tables, context, 0.3)
+        assert error(out.float(), reference) < 5e-3
+        assert (ours.key.float() - theirs.key.float()).abs().max() <= 1  # a tie may be rounded the other way
+        assert (ours.value.float() - theirs.value.float()).abs().max() <= 1
+
+
 def test_scores_of_hundreds_do_not_overflow() -> None:
     cache = filled(2, 16, 4, False)
     cache.key.mul_(100)

@@ -16,8 +16,10 @@ import triton.language as tl
 
 from qwenfit.kernels.attention import LayerCache
 from qwenfit.kernels.kv_quant import dequantize_kv
+from qwenfit.kernels.triton.decode_codes import _attend_codes, has_codes
 from qwenfit.kernels.triton.decode_heads import ARRIVED_STRIDE, _attend_heads, merge_parts, split_length
 from qwenfit.kernels.triton.launch import INTERPRETED, options, start_after_previous
+from qwenfit.kernels.triton.new_token import group_query
 from qwenfit.kernels.triton.tuning import tuned
 
 _PROGRAMS_PER_CORE = 4
@@ -168,11 +170,19 @@ def _run(
         )  # fmt: skip
         return out
     group = heads // kv_heads
-    _attend_groups[grid](
-        *operands, cache.key, cache.value, cache.key_affine, cache.value_affine, block_tables, context_lens,
-        partial, lse, scale, eps, stride, TILE=config["tokens"], KV_HEADS=kv_heads, GROUP=group,
-        GROUP_TILE=max(16, triton.next_power_of_2(group)), **shared,
-    )  # fmt: skip
+    tile = {"TILE": config["tokens"], "GROUP": group, "GROUP_TILE": max(16, triton.next_power_of_2(group))}
+    shared |= {"KV_HEADS": kv_heads, **tile}
+    stored = (cache.key, cache.value, cache.key_affine, cache.value_affine)
+    sequences = (block_tables, context_lens, partial, lse, scale, eps, stride)
+    if cache.key_affine is not None and cache.value_affine is not None and has_codes(q.dtype, head_dim):
+        del shared["QUANTIZED"]
+        words = (
+            cache.key.view(torch.int32), cache.value.view(torch.int32),
+            cache.key_affine.view(torch.int64), cache.value_affine.view(torch.int64),
+        )  # fmt: skip
+        _attend_codes[grid](*operands, *stored, *words, *sequences, INTERPRETED=INTERPRETED, **shared)
+    else:
+        _attend_groups[grid](*operands, *stored, *sequences, **shared)
     if splits > 1:
         _merge[(heads, batch)](
             partial, lse, context_lens, out, SPLITS=splits, TILE=config["tokens"], DIM=head_dim,
@@ -189,44 +199,6 @@ def _vector(size: int, head_dim: int) -> int:
 def arrival_counters(heads: int, device: torch.device) -> torch.Tensor:
     """Where the parts of each head of each sequence count themselves: all zero before and after the kernel."""
     return torch.zeros(heads * ARRIVED_STRIDE.value, dtype=torch.int32, device=device)
-
-
-@triton.jit
-def _rotated(row_ptr, norm_ptr, mask, cos, sin, eps, DIM: tl.constexpr, HAS_NORM: tl.constexpr):
-    """Heads [n, DIM] at `row_ptr` [n, 1], normalised (Qwen3) and rotated, each step rounded to the model's dtype."""
-    dtype = row_ptr.dtype.element_ty
-    d = tl.arange(0, DIM)[None, :]
-    other = (d + DIM // 2) % DIM
-    x = tl.load(row_ptr + d, mask=mask, other=0.0).to(tl.float32)
-    partner = tl.load(row_ptr + other, mask=mask, other=0.0).to(tl.float32)
-    if HAS_NORM:
-        inverse = tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)[:, None]
-        x = ((x * inverse).to(dtype).to(tl.float32) * tl.load(norm_ptr + d).to(tl.float32)).to(dtype).to(tl.float32)
-        partner = (partner * inverse).to(dtype).to(tl.float32) * tl.load(norm_ptr + other).to(tl.float32)
-        partner = partner.to(dtype).to(tl.float32)
-    return (x * cos + partner * sin).to(dtype).to(tl.float32)
-
-
-@triton.jit
-def _cached(
-    x, cache_ptr, affine_ptr, vector, write, DIM: tl.constexpr, QUANTIZED: tl.constexpr
-):  # fmt: skip
-    """Store a new token's x [1, DIM] as vector number `vector` of the cache; returns it as later steps will read it."""
-    at = vector * DIM + tl.arange(0, DIM)[None, :]
-    if QUANTIZED:
-        low, high = tl.min(x, axis=1)[:, None], tl.max(x, axis=1)[:, None]
-        scale = (high - low) / 255
-        scale = tl.where(scale > 0, scale, 1.0)
-        zero = -low / scale
-        q = tl.floor((x - low) / scale + 0.5)
-        one = tl.zeros([1, 1], tl.int32)
-        tl.store(affine_ptr + vector * 2 + one, scale, mask=write & (one == 0))
-        tl.store(affine_ptr + vector * 2 + 1 + one, zero, mask=write & (one == 0))
-        tl.store(cache_ptr + at, q.to(tl.uint8), mask=write & (at >= 0))
-        return (q - zero) * scale
-    else:
-        tl.store(cache_ptr + at, x.to(cache_ptr.dtype.element_ty), mask=write & (at >= 0))
-        return x
 
 
 @triton.jit
@@ -284,43 +256,19 @@ def _attend_groups(
         KV_HEADS, BLOCK_SIZE, DIM, QUANTIZED,
     )  # fmt: skip
     block = _block(table_ptr, start + TILE + lane, stop, BLOCK_SIZE)
+    cos, sin = 0.0, 0.0
     if FUSED:
         cos, sin = tl.load(cos_ptr + row * DIM + d), tl.load(sin_ptr + row * DIM + d)
         start_after_previous(OVERLAP)
     if start < context or SPLITS == 1:
-        member = tl.arange(0, GROUP_TILE)
-        real = (member < GROUP)[:, None]
-        head = kv_head * GROUP + member
-        if FUSED:
-            base = q_ptr + row.to(tl.int64) * (HEADS + 2 * KV_HEADS) * DIM
-            q = _rotated(base + (head * DIM)[:, None], q_norm_ptr, real, cos, sin, eps, DIM, HAS_NORM)
-            if HAS_SCALE:
-                factor = tl.load(query_scale_ptr + row).to(tl.float32)
-                q = (q * factor).to(q_ptr.dtype.element_ty).to(tl.float32)
-            zero_row = tl.zeros([1, 1], tl.int32)
-            k_row = base + (HEADS + kv_head) * DIM + zero_row
-            new_k = _rotated(k_row, k_norm_ptr, zero_row == 0, cos, sin, eps, DIM, HAS_NORM)
-            if HAS_CENTRE:
-                new_k -= tl.load(centre_ptr + kv_head * DIM + d).to(tl.float32)
-                new_k = new_k.to(q_ptr.dtype.element_ty).to(tl.float32)
-            new_v = tl.load(base + (HEADS + KV_HEADS + kv_head) * DIM + d).to(tl.float32)
-            slot = tl.load(slots_ptr + row).to(tl.int64)
-            owns = (past >= start) & (past < start + length)
-            vector = slot * KV_HEADS + kv_head
-            write = (past + zero_row >= start) & (past + zero_row < start + length) & (slot + zero_row >= 0)
-            new_k = _cached(new_k, key_ptr, key_affine_ptr, vector, write, DIM, QUANTIZED)
-            new_v = _cached(new_v, value_ptr, value_affine_ptr, vector, write, DIM, QUANTIZED)
-            score = tl.where(owns, tl.sum(q * new_k, axis=1) * scale, -1e30)  # [GROUP_TILE]
-            mine = tl.where(owns, 1.0, 0.0)
-        else:
-            q = tl.load(q_ptr + ((row * HEADS + head) * DIM)[:, None] + d, mask=real, other=0.0).to(tl.float32)
-        top = tl.full([GROUP_TILE], -1e30, tl.float32)
-        total = tl.zeros([GROUP_TILE], tl.float32)
-        acc = tl.zeros([GROUP_TILE, DIM], tl.float32)
-        if FUSED:
-            top = score
-            total += mine
-            acc += mine * new_v
+        q, top, mine, new_v = group_query(
+            q_ptr, query_scale_ptr, q_norm_ptr, k_norm_ptr, slots_ptr, centre_ptr,
+            key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, cos, sin, eps, scale, row, kv_head,
+            (past >= start) & (past < start + length),
+            FUSED, HAS_SCALE, HAS_NORM, HAS_CENTRE, DIM, HEADS, KV_HEADS, GROUP, GROUP_TILE, QUANTIZED,
+        )  # fmt: skip
+        total = tl.zeros([GROUP_TILE], tl.float32) + mine
+        acc = tl.zeros([GROUP_TILE, DIM], tl.float32) + mine * new_v
         q_dot = q.to(q_ptr.dtype.element_ty)
         for first in range(start, stop, TILE):
             token = first + lane
@@ -345,11 +293,12 @@ def _attend_groups(
             acc = tl.dot(p.to(dtype), v_dot, acc * shrink[:, None], input_precision="ieee")
             top = new_top
             k, v, key_scale, key_zero, value_scale, value_zero = next_tile
-        place = (row * HEADS + head) * SPLITS + split  # [GROUP_TILE]
+        member = tl.arange(0, GROUP_TILE)
+        place = (row * HEADS + kv_head * GROUP + member) * SPLITS + split
         result = acc / tl.maximum(total, 1e-30)[:, None]
         lse = top + tl.log2(total)
         out = partial_ptr + place.to(tl.int64)[:, None] * DIM + d
-        tl.store(out, result.to(partial_ptr.dtype.element_ty), mask=real & (d < DIM))
+        tl.store(out, result.to(partial_ptr.dtype.element_ty), mask=(member < GROUP)[:, None] & (d < DIM))
         if SPLITS > 1:
             tl.store(lse_ptr + place, lse, mask=member < GROUP)
 

@@ -100,4 +100,6 @@ def _rule(kernel: str, shape: tuple[int, ...]) -> Config:
         if rows >= 12 * _cores():  # heads; small programs leave less of the card idle at the end
             return {"tokens": 32, "warps": 1} if shape[0] == 1 else {"tokens": 16, "warps": 2}
         return {"tokens": 64 if shape[0] == 1 else 32, "warps": 4}
-    return {"tokens": 64 if shape[-2] > 1 else 32, "warps": 4}
+    if shape[0] == 1:
+        return {"tokens": 64, "warps": 2}
+    return {"tokens": 64, "warps": 4} if rows < 128 else {"tokens": 32, "warps": 2}
