@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 
-from qwenfit.bench.gpu_common import GPU, Figures, greedy, prompt, relative_error, synchronize
-from qwenfit.bench.gpu_kernels import record_head
+from qwenfit.bench.gpu_common import GPU, Figures, greedy, prompt, record_head, relative_error, synchronize
 from qwenfit.bench.gpu_mix import engine_of
 from qwenfit.engine.llm import LLM
 from qwenfit.engine.request import Request

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import gc
+import importlib.metadata
+import itertools
 import os
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -24,6 +28,20 @@ Figures = dict[str, Any]
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 BLOCK_SIZE = 16
+
+
+def record_head(kind: str) -> Figures:
+    """What each record begins with; `kind` is the module's name in words."""
+    given = ["OUT" if before == "--out" else word for before, word in itertools.pairwise(["", *sys.argv[1:]])]
+    return {
+        "kind": kind,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python -m qwenfit.bench." + kind.replace(" ", "_"), *given]),
+        "hardware": torch.cuda.get_device_name() if GPU else "no GPU: a tiny model",
+        "versions": {
+            "torch": torch.__version__, "triton": importlib.metadata.version("triton"), "cuda": torch.version.cuda,
+        },
+    }  # fmt: skip
 
 
 def tiny(name: str) -> ModelConfig:

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwenfit.bench.gpu_kernels import random_blocked, record_head
+from qwenfit.bench.gpu_common import record_head
+from qwenfit.bench.gpu_kernels import random_blocked
 from qwenfit.bench.gpu_prefill import StoredContext, in_float32, reference_logits
 from qwenfit.checkpoint.resolve import resolve_model
 from qwenfit.config import ModelConfig

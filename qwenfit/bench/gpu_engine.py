@@ -9,7 +9,6 @@ tiny model, which shows that it runs and measures nothing.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -35,6 +34,7 @@ from qwenfit.bench.gpu_common import (
     measured_config,
     prompt,
     random_network,
+    record_head,
     synchronize,
     tiny,
     used_bytes,
@@ -273,14 +273,7 @@ class Record:
     def __init__(self, folder: Path, seconds: float) -> None:
         self.path, self.seconds, self.began = folder / "gpu-engine.json", seconds, time.perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
-        self.made: Figures = {
-            "kind": "gpu engine",
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": "python -m qwenfit.bench.gpu_engine",
-            "hardware": torch.cuda.get_device_name() if GPU else "no GPU: a tiny model",
-            "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
-            "model": measured_config().name,
-        }
+        self.made: Figures = record_head("gpu engine") | {"model": measured_config().name}
 
     def part(self, name: str, run: Callable[[], Figures], needs: float) -> None:
         began = time.perf_counter()

@@ -9,7 +9,6 @@ kernel's bytes, its rate, and that rate's share of what plain reading reaches on
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -23,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
+from qwenfit.bench.gpu_common import record_head
 from qwenfit.kernels.attention import LayerCache
 from qwenfit.kernels.kv_quant import quantize_kv
 from qwenfit.kernels.triton import tuning
@@ -67,10 +66,11 @@ SHAPES["Qwen-72B"] = [
     (24576, 8192, False, False, True),
 ]
 HEADS = {"Qwen-7B": 32, "Qwen-1.8B": 16, "Qwen-14B": 40, "Qwen-72B": 64}  # of attention, 128 numbers each
+GROUPS = [(28, 4), (32, 8)]  # heads, and those of keys and values: Qwen2.5-7B and Qwen3-8B
 VOCABULARIES = [(5120, 152064), (8192, 152064)]  # heads of the models that were not tuned yet
 ROTATED_BYTES = 400 << 20
 COMPILERS = 14  # processes
-PARTS = "int4,attention,int8,bf16,rows"
+PARTS = "int4,attention,int8,bf16,rows,groups"
 
 
 @dataclass
@@ -176,6 +176,13 @@ def attention_configs(quantized: bool, sequences: int) -> Iterable[Config]:
                 yield {"tokens": tokens, "warps": warps, "splits": splits}
 
 
+def group_configs(sequences: int) -> Iterable[Config]:
+    """Of attention whose heads share keys and values; several sequences are split as `num_splits` says."""
+    for tokens, warps in ((32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (128, 4), (128, 8)):
+        for splits in (16, 32) if sequences == 1 else (None,):
+            yield {"tokens": tokens, "warps": warps} | ({} if splits is None else {"splits": splits})
+
+
 def bf16_configs(rows: int) -> Iterable[Config]:
     for tile in (2, 4, 8):
         for columns, warps in ((512, 2), (1024, 4), (2048, 8)):
@@ -201,17 +208,6 @@ class Compiler:
         if self.seen % self.parts == self.part:
             launches[0]()
         return 1.0
-
-
-def record_head(kind: str) -> dict[str, Any]:
-    """What each record begins with; `kind` is the module's name in words."""
-    return {
-        "kind": kind,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": f"python -m qwenfit.bench.{kind.replace(' ', '_')} " + " ".join(sys.argv[1:]),
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: a tiny model",
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
-    }
 
 
 def compile_beside(module: str, arguments: list[str], seconds: float) -> float:
@@ -315,22 +311,25 @@ class Bench:
             plain = self.timer([partial(torch.nn.functional.linear, x, one) for one in weights])
             self.add(f"cuBLAS bf16 x{rows}", f"{inputs}->{out}", plain, nbytes, 0.0)
 
-    def attention(self, quantized: bool, heads: int, sequences: int, contexts: tuple[int, ...]) -> None:
+    def attention(
+        self, quantized: bool, heads: int, sequences: int, contexts: tuple[int, ...], kv_heads: int | None = None
+    ) -> None:
         """The kernel of a step, at contexts of which each weighs the same in the choice of a config.
 
         Several sequences have 1.8 to 0.2 times as many tokens, the longest first, as the scheduler orders them.
         """
         dim, size, scale = 128, 16, 0.088
+        kv_heads = kv_heads or heads
         vector = dim + 8 if quantized else 2 * dim
         spread = [1.8 - 1.6 * i / (sequences - 1) for i in range(sequences)] if sequences > 1 else [1.0]
         longest = int(max(contexts) * max(spread))
         blocks = -(-longest // size) * sequences
-        nbytes = [2 * sequences * context * heads * vector for context in contexts]
+        nbytes = [2 * sequences * context * kv_heads * vector for context in contexts]
         count = 2 if self.compiling else max(2, -(-ROTATED_BYTES // min(nbytes)))
-        caches = [random_cache(blocks, size, heads, dim, quantized) for _ in range(min(count, 24))]
+        caches = [random_cache(blocks, size, kv_heads, dim, quantized) for _ in range(min(count, 24))]
         tables = torch.randperm(blocks, device="cuda").int().view(sequences, -1)
         lengths = torch.zeros(sequences, dtype=torch.int64, device="cuda")
-        qkv = normal(sequences, 3 * heads, dim)
+        qkv = normal(sequences, heads + 2 * kv_heads, dim)
         cos, sin = torch.rand(sequences, 1, dim, device="cuda"), torch.rand(sequences, 1, dim, device="cuda")
         slots = torch.zeros(sequences, dtype=torch.int64, device="cuda")
         new = NewTokens(cos, sin, None, None, 1e-6, slots, None, arrival_counters(sequences * heads, qkv.device))
@@ -351,8 +350,15 @@ class Bench:
         def run(config: Config) -> float:
             return sum(run_at(context, config) / size for context, size in zip(contexts, nbytes, strict=True))
 
-        shape = (1 if quantized else 2, dim, sequences * heads)
-        config, _ = self.choose("decode_heads", shape, attention_configs(quantized, sequences), run)
+        kind = (1 if quantized else 2, dim)
+        if kv_heads == heads:
+            config, _ = self.choose(
+                "decode_heads", (*kind, sequences * heads), attention_configs(quantized, sequences), run
+            )
+        else:
+            config, _ = self.choose(
+                "decode_attention", (*kind, heads // kv_heads, sequences), group_configs(sequences), run
+            )
         if self.compiling:
             return
         at(max(contexts) - 3)
@@ -364,6 +370,7 @@ class Bench:
         for context, count_of_bytes in zip(contexts, nbytes, strict=True):
             us = run_at(context, config)
             name = f"attention {'int8' if quantized else 'bf16'} {heads}"
+            name += "" if kv_heads == heads else f"/{kv_heads}"
             self.add(name, f"{sequences} x {context}", us, count_of_bytes, error, config)
 
     def record(self) -> dict[str, Any]:
@@ -423,7 +430,8 @@ def measure(bench: Bench, models: list[str], only: list[str], seconds: float) ->
         parts += [(bench.int_products, 4, 1, SHAPES[model]) for model in models]
     if "attention" in only:
         parts += [(bench.attention, q, HEADS[model], 1, (1024, 8192)) for model in models for q in (False, True)]
-        parts += [(bench.attention, q, 32, 64, (1024,)) for q in (False, True) if "Qwen-7B" in models]
+        for count in (64, 256) if "Qwen-7B" in models else ():
+            parts += [(bench.attention, q, 32, count, (800,)) for q in (False, True)]
     if "int8" in only:
         parts += [(bench.int_products, 8, 1, SHAPES[model]) for model in models]
     if "bf16" in only:
@@ -433,6 +441,9 @@ def measure(bench: Bench, models: list[str], only: list[str], seconds: float) ->
         for rows in (2, 4):
             for model in models[:2]:
                 parts += [(bench.int_products, bits, rows, SHAPES[model]) for bits in (4, 8)]
+    if "groups" in only:
+        for count in (1, 16, 64, 256):
+            parts += [(bench.attention, q, heads, count, (800,), few) for heads, few in GROUPS for q in (False, True)]
     for what, *arguments in parts:
         if time.perf_counter() - began < seconds:
             bench.attempt(what, *arguments)
@@ -446,7 +457,11 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="measure the configs in force instead of choosing new ones")
     parser.add_argument("--compile", metavar="I/N", help="only compile the I-th of N shares of what would be measured")
     parser.add_argument("--models", default="Qwen-7B,Qwen-1.8B,Qwen-14B,Qwen-72B", help="whose shapes")
-    parser.add_argument("--parts", default=PARTS, help="what is measured; rows: int4 and int8 with 2 and 4 rows")
+    parser.add_argument(
+        "--parts",
+        default=PARTS,
+        help="what is measured; rows: int4 and int8 with 2 and 4 rows; groups: attention of later models",
+    )
     parser.add_argument("--seconds", type=float, default=145, help="in all; parts that would begin later are left out")
     options = parser.parse_args()
     began = time.perf_counter()

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from qwenfit.bench.gpu_common import record_head
 from qwenfit.bench.gpu_decode import packed_of, random_model, record_graph, start, unmoved
-from qwenfit.bench.gpu_kernels import attention_configs, compile_beside, int_configs, once_each, record_head
+from qwenfit.bench.gpu_kernels import attention_configs, compile_beside, int_configs, once_each
 from qwenfit.checkpoint.resolve import resolve_model
 from qwenfit.kernels.triton import tuning
 from qwenfit.kernels.triton.launch import best_seconds, device_limits
