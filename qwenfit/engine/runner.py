@@ -140,7 +140,7 @@ class Runner:
         if _plain(model):
             self.pads = max_num_seqs > 1
             if self.pads and self.device.type == "cuda":
-                load_products(model, self.cache, max_batched_tokens)
+                load_products(model, self.cache, max_batched_tokens, max_num_seqs)
             from qwenfit.engine.graphs import DecodeGraphs
             from qwenfit.engine.prompt_graphs import PromptGraphs
 

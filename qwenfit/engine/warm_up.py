@@ -7,14 +7,18 @@ device has nothing to do. So steps are padded to one of few numbers, whose kerne
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from qwenfit.engine.padding import padded_sizes
 from qwenfit.kernels.choice import INT_MATMUL_ROWS
-from qwenfit.kernels.wide import add_product
+from qwenfit.kernels.wide import add_product, wide_product
 from qwenfit.model.kv_cache import KVCache
 from qwenfit.model.transformer import Block, Transformer
+
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # of x and a weight, into the third
 
 
 @torch.inference_mode()
@@ -46,41 +50,57 @@ def compile_prompts(model: Transformer, cache: KVCache, device: torch.device) ->
 
 
 @torch.inference_mode()
-def load_products(model: Transformer, cache: KVCache, max_rows: int) -> None:
-    """Run a layer's products with every number of rows that `padded` gives up to `max_rows`.
+def load_products(model: Transformer, cache: KVCache, max_rows: int, max_logits: int) -> None:
+    """Run a layer's products with every number of rows that `padded` gives up to `max_rows`, and the head's.
 
-    The cache must be empty: it serves as memory, and its first layer then holds anything.
+    The cache must be empty: it serves as memory, and then holds anything. What it has no room for is left out.
     """
     from qwenfit.kernels.triton.dequantise import dequantised
     from qwenfit.kernels.triton.int_matvec import BlockedWeight
 
     layer = model.layers[0]
     assert isinstance(layer, Block)
-    memory = [x.view(torch.uint8).flatten() for x in (cache.layers[0].key, cache.layers[0].value)]
+    memory = Memory(cache.memory)
+
+    def run(product: Product, weight: torch.Tensor, rows: int, dtype: torch.dtype) -> None:
+        x, y = memory.take(rows, weight.shape[1], weight.dtype), memory.take(rows, weight.shape[0], dtype)
+        if x is not None and y is not None:
+            product(x, weight, y)
+
     for linear in (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):
-        plain = linear.packed is None
+        packed = linear.packed
         weight: torch.Tensor | None = linear.weight
-        if isinstance(linear.packed, BlockedWeight):
-            weight = dequantised(linear.packed, model.dtype)  # as it is multiplied with many rows
-        adds = plain and linear in (layer.self_attn.o_proj, layer.mlp.down_proj)
+        adds = packed is None and linear in (layer.self_attn.o_proj, layer.mlp.down_proj)
         for rows in padded_sizes(max_rows):
-            if weight is not None and (plain or rows > INT_MATMUL_ROWS):
-                _multiply(weight, linear.bias, rows, adds, memory)
+            memory.used = 0
+            if isinstance(packed, BlockedWeight) and rows > INT_MATMUL_ROWS:  # unpacked for the vendor's product
+                unpacked = memory.take(packed.out_features, packed.in_features, model.dtype)
+                weight = None if unpacked is None else dequantised(packed, model.dtype, unpacked)
+            if weight is None:
+                continue
+            if adds:
+                run(lambda x, weight, y: add_product(y, x, weight), weight, rows, torch.float32)
+            else:
+                run(partial(_linear, linear.bias), weight, rows, model.dtype)
+    head = model.embed_tokens if model.lm_head is None else model.lm_head
+    for rows in padded_sizes(max_logits):
+        memory.used = 0
+        if isinstance(head.weight, torch.Tensor):
+            run(wide_product, head.weight, rows, torch.float32)
 
 
-def _multiply(
-    weight: torch.Tensor, bias: torch.Tensor | None, rows: int, adds: bool, memory: list[torch.Tensor]
-) -> None:
-    out, inputs = weight.shape
-    dtype = torch.float32 if adds else weight.dtype
-    needed = rows * inputs * weight.dtype.itemsize, rows * out * dtype.itemsize
-    if any(len(have) < bytes_ for have, bytes_ in zip(memory, needed, strict=True)):
-        return  # nor has it room for such a prompt
-    x = memory[0][: needed[0]].view(weight.dtype).view(rows, inputs)
-    y = memory[1][: needed[1]].view(dtype).view(rows, out)
-    if adds:
-        add_product(y, x, weight)
-    elif bias is not None:
-        torch.addmm(bias, x, weight.T, out=y)
-    else:
-        torch.mm(x, weight.T, out=y)
+def _linear(bias: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
+
+
+class Memory:
+    """Hands out tensors of a tensor of bytes, one after the other."""
+
+    def __init__(self, of: torch.Tensor) -> None:
+        self.of, self.used = of, 0
+
+    def take(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """[rows, columns]; None: there is not as much left."""
+        first, size = self.used, rows * columns * dtype.itemsize
+        self.used += -(-size // 256) * 256
+        return self.of[first : first + size].view(dtype).view(rows, columns) if self.used <= len(self.of) else None

@@ -115,7 +115,7 @@ static void quantize(const void *x, int64_t at, int dtype, int64_t count, uint8_
         high = value > high ? value : high;
     }
     float scale = (high - low) / 255.0f;
-    if (!(scale > 0.0f)) scale = 1.0f;
+    if (!(scale > 0.0f)) scale = 0x1p-30f; /* CONSTANT of kv_quant.py */
     for (int64_t i = 0; i < count; i++) {
         const float steps = rintf((load(x, at + i, dtype) - low) / scale);
         q[i] = steps < 255.0f ? (uint8_t)steps : 255;

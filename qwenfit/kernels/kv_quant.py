@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import torch
 
+CONSTANT = 2.0**-30  # the scale of a vector whose numbers are all the same: as little as its spread, so it weighs least
+
 
 def quantize_kv(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize x [..., head_dim] with one scale and zero for each vector, rounded to nearest, in float32.
 
     Returns q uint8 [..., head_dim] and float32 [..., 2]: scale = (max - min) / 255 and zero = -min / scale.
-    A constant vector gets scale 1 and is kept exactly. Half a step is the largest error.
+    A constant vector gets scale CONSTANT and is kept exactly. Half a step is the largest error.
     """
     x = x.float()
     low, high = x.aminmax(dim=-1, keepdim=True)
     scale = (high - low) / 255
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = torch.where(scale > 0, scale, CONSTANT)
     zero = -low / scale
     return ((x - low) / scale).round_().to(torch.uint8), torch.cat((scale, zero), dim=-1)
 

@@ -56,5 +56,10 @@ class KVCache:
         return LayerCache(key, value, key_affine, value_affine, per_chunk=self.dtype == PARITY)
 
     @property
+    def memory(self) -> torch.Tensor:
+        """All keys and values as bytes, for who needs memory before there is anything in them."""
+        return self._data.view(torch.uint8).flatten()
+
+    @property
     def nbytes(self) -> int:
         return self._data.nbytes + (0 if self._affine is None else self._affine.nbytes)

@@ -88,6 +88,33 @@ def test_the_newest_token_of_a_16_bit_model_joins_codes(norms: bool) -> None:
         assert (ours.value.float() - theirs.value.float()).abs().max() <= 1
 
 
+@pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("offset", [0.0, 5.0])
+def test_small_values_are_not_lost_beside_the_newest_token(spread: float, offset: float) -> None:
+    """A thousand cached tokens weigh as much as the newest; every fifth value is constant, which has no spread."""
+    kv_heads, group, dim, count = 1, 4, 64, 1000
+    values = random(250, BLOCK_SIZE, kv_heads, dim) * spread + offset
+    values[::5] = values[::5, :, :, :1]
+    (key, key_affine), (value, value_affine) = quantize_kv(random(250, BLOCK_SIZE, kv_heads, dim)), quantize_kv(values)
+    ours = LayerCache(key, value, key_affine, value_affine)
+    theirs = LayerCache(*(x.clone() for x in (key, value, key_affine, value_affine)))
+    tables = torch.arange(250, device=DEVICE).int()[None]
+    context, slots = torch.tensor([count], device=DEVICE), torch.tensor([count - 1], device=DEVICE)
+    qkv = random(1, group + 2, dim)
+    qkv[:, :group] *= 0.3
+    qkv[:, group] = qkv[:, :group].mean(1) * 8  # a key whose score is about log(1000)
+    qkv[:, group + 1] = random(1, dim, seed=9) * spread + offset
+    cos, sin = torch.ones(1, 1, dim, device=DEVICE), torch.zeros(1, 1, dim, device=DEVICE)
+    new = NewTokens(cos, sin, None, None, 1e-6, slots)
+    out = poisoned(1, group * dim)
+    decode_step_attention(qkv.half(), new, ours, tables, context, 0.3, out=out, splits=1, config=TINY)
+    q = rotary_cache_reference(qkv.half(), cos, sin, None, None, 1e-6, slots, theirs)
+    reference = decode_attention_reference(q.float(), theirs, tables, context, 0.3)
+    assert error(out, reference) < 1e-3
+    mean = reference.mean()
+    assert spread < 1e-3 or error(out - mean, reference - mean) < 2e-2
+
+
 def test_scores_of_hundreds_do_not_overflow() -> None:
     cache = filled(2, 16, 4, False)
     cache.key.mul_(100)

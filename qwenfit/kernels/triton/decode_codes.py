@@ -4,7 +4,8 @@ Codes go to the tensor cores as float16 integers, made of their bits: 1,024 + co
 
     sum q s_k (k - z_k) = s_k (sum q k - z_k sum q),    sum p s_v (v - z_v) = sum p' v - sum p' z_v with p' = p s_v,
 
-where s_v goes into the exponent that makes p', so that what float16 holds is at most 1, and sum p = sum p' / s_v.
+where s_v goes into the exponent that makes p', so that what float16 holds is at most 1, and sum p = sum p' / s_v. Only
+p' (v - 128) is of rounded p', so that it loses little of a value far from 0.
 
 Of four bytes of a word each is a tensor of its own, [tokens, head_dim / 4]: columns j, 4 + j, 8 + j, ... of a head. So
 no byte is packed again.
@@ -124,6 +125,9 @@ def _attend_codes(
             (past >= start) & (past < start + length),
             FUSED, HAS_SCALE, HAS_NORM, HAS_CENTRE, DIM, HEADS, KV_HEADS, GROUP, GROUP_TILE, True,
         )  # fmt: skip
+        # The new token is not rounded, so it may weigh least in the exponent that all share.
+        top = top - 30.0
+        mine = mine * 2.0**30
         total = tl.zeros([GROUP_TILE], tl.float32) + mine
         offsets = tl.zeros([GROUP_TILE], tl.float32)
         unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(q), axis=1), 1e-30))))[:, None]  # loses no bit
@@ -152,10 +156,11 @@ def _attend_codes(
             points = tl.where(here[None, :], points, -1e30)
             new_top = tl.maximum(top, tl.max(points, axis=1))
             shrink = tl.exp2(top - new_top)
-            p = tl.exp2(points - new_top[:, None]).to(tl.float16)
-            rounded = p.to(tl.float32)
-            total = total * shrink + tl.sum(rounded * (1.0 / weight)[None, :], axis=1)
-            offsets = offsets * shrink + tl.sum(rounded * (_zero(value_affine) + _OFFSET)[None, :], axis=1)
+            exact = tl.exp2(points - new_top[:, None])
+            p = exact.to(tl.float16)
+            total = total * shrink + tl.sum(exact * (1.0 / weight)[None, :], axis=1)
+            centred = p.to(tl.float32) * (_OFFSET + 128) + exact * (_zero(value_affine) - 128.0)[None, :]
+            offsets = offsets * shrink + tl.sum(centred, axis=1)
             new_acc = ()
             for j in tl.static_range(4):
                 values = _halves(v, j, INTERPRETED)

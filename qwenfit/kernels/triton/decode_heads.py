@@ -139,7 +139,7 @@ def _quantized(pieces, d, DIM: tl.constexpr, PIECE: tl.constexpr, INTERPRETED: t
         lows = lows + (tl.where(d[h] < DIM, -pieces[h], -1e38),)  # noqa: RUF005
     low = -_over_head(lows, True)
     scale = (_over_head(highs, True) - low) / 255
-    scale = tl.where(scale > 0, scale, 1.0)
+    scale = tl.where(scale > 0, scale, 2.0**-30)  # kv_quant.CONSTANT
     codes = ()
     for h in tl.static_range(len(d)):
         code = tl.minimum(tl.floor((pieces[h] - low) / scale + 0.5), 255.0)

@@ -233,7 +233,7 @@ def _rotate_in_place(
         low = tl.minimum(tl.min(a, axis=1), tl.min(b, axis=1))[:, None]
         high = tl.maximum(tl.max(a, axis=1), tl.max(b, axis=1))[:, None]
         scale = (high - low) / 255
-        scale = tl.where(scale > 0, scale, 1.0)
+        scale = tl.where(scale > 0, scale, 2.0**-30)  # kv_quant.CONSTANT
         zero = -low / scale
         code_a, code_b = tl.floor((a - low) / scale + 0.5), tl.floor((b - low) / scale + 0.5)
         tl.store(key_affine_ptr + vector * 2, scale, mask=is_key)

@@ -121,7 +121,7 @@ def _rotary_cache(
         wide = x.to(tl.float32)
         low, high = tl.min(wide, axis=1)[:, None], tl.max(wide, axis=1)[:, None]
         scale = (high - low) / 255
-        scale = tl.where(scale > 0, scale, 1.0)
+        scale = tl.where(scale > 0, scale, 2.0**-30)  # kv_quant.CONSTANT
         x = tl.floor((wide - low) / scale + 0.5).to(tl.uint8)
         tl.store(key_affine_ptr + at * 2, scale, mask=cached & is_key)
         tl.store(key_affine_ptr + at * 2 + 1, -low / scale, mask=cached & is_key)

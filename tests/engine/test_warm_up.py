@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from qwenfit.bench.gpu_common import random_network, tiny
+from qwenfit.engine import warm_up
+from qwenfit.engine.padding import padded_sizes
+from qwenfit.model.kv_cache import KVCache
+
+
+@pytest.mark.parametrize("name", ["Qwen-7B", "Qwen2.5-7B"])
+def test_every_product_of_a_padded_step_is_run_at_the_start(monkeypatch, name):
+    config = tiny(name)
+    model = random_network(config, torch.float32, "cpu")
+    seen: Counter[tuple[str, int, int]] = Counter()
+
+    def counted(kind, product, weight_at):
+        def run(*tensors):
+            weight, rows = tensors[weight_at], len(tensors[weight_at - 1])
+            seen[kind, len(weight), rows] += 1
+            return product(*tensors)
+
+        return run
+
+    for kind, at in (("add_product", 2), ("wide_product", 1), ("_linear", 2)):
+        monkeypatch.setattr(warm_up, kind, counted(kind, getattr(warm_up, kind), at))
+    cache = KVCache(config, 4000, 16, "bf16")
+    warm_up.load_products(model, cache, 600, 40)
+    layer = model.layers[0]
+    wide = (layer.self_attn.qkv_proj, layer.mlp.gate_up_proj)
+    expected = Counter(("_linear", len(linear.weight), rows) for linear in wide for rows in padded_sizes(600))
+    expected += Counter(("add_product", config.hidden_size, rows) for _ in range(2) for rows in padded_sizes(600))
+    expected += Counter(("wide_product", config.vocab_size, rows) for rows in padded_sizes(40))
+    assert seen == expected
+    warm_up.load_products(model, KVCache(config, 1, 16, "int8"), 600, 40)  # has no room for most
+    assert seen.total() < 2 * expected.total()
