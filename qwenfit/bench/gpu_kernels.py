@@ -179,8 +179,8 @@ def attention_configs(quantized: bool, sequences: int) -> Iterable[Config]:
 def group_configs(sequences: int) -> Iterable[Config]:
     """Of attention whose heads share keys and values; several sequences are split as `num_splits` says."""
     for tokens, warps in ((32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (128, 4), (128, 8)):
-        for splits in (16, 32) if sequences == 1 else (None,):
-            yield {"tokens": tokens, "warps": warps} | ({} if splits is None else {"splits": splits})
+        config = {"tokens": tokens, "warps": warps}
+        yield from ({**config, "splits": splits} for splits in (16, 32)) if sequences == 1 else (config,)
 
 
 def bf16_configs(rows: int) -> Iterable[Config]:
@@ -351,14 +351,11 @@ class Bench:
             return sum(run_at(context, config) / size for context, size in zip(contexts, nbytes, strict=True))
 
         kind = (1 if quantized else 2, dim)
-        if kv_heads == heads:
-            config, _ = self.choose(
-                "decode_heads", (*kind, sequences * heads), attention_configs(quantized, sequences), run
-            )
-        else:
-            config, _ = self.choose(
-                "decode_attention", (*kind, heads // kv_heads, sequences), group_configs(sequences), run
-            )
+        kernel, configs = "decode_heads", attention_configs(quantized, sequences)
+        shape: tuple[int, ...] = (*kind, sequences * heads)
+        if kv_heads != heads:
+            kernel, shape, configs = "decode_attention", (*kind, heads // kv_heads, sequences), group_configs(sequences)
+        config, _ = self.choose(kernel, shape, configs, run)
         if self.compiling:
             return
         at(max(contexts) - 3)

@@ -179,11 +179,10 @@ class Runner:
     @torch.inference_mode()
     def _compute(self, requests: list[Request]) -> Tensor | None:
         """The logits of a step with prompts in it, or of one that no graph runs."""
-        first = requests[0]
-        if self._prompts is not None and len(requests) == 1 and _whole(first):
-            size = self._prompts.size_for(first.length)
-            if size is not None:
-                return self._prompts.run(size, first.tokens, self._slots(first.blocks, 0, first.length))
+        size = self._prompt_size(requests)
+        if self._prompts is not None and size is not None:
+            first = requests[0]
+            return self._prompts.run(size, first.tokens, self._slots(first.blocks, 0, first.length))
         batch = self._batch(requests)
         rows = batch.logits_indices
         if self._transformer is not None:
@@ -198,13 +197,19 @@ class Runner:
 
     def _runs_apart(self, decoding: list[Request], prompts: list[Request]) -> bool:
         """Whether `prompts` run after the recorded step of `decoding`, not in one batch with it."""
-        if self.apart is not None or self._costs is None or self._prompts is None:
-            return bool(self.apart)
-        size = self._prompts.size_for(prompts[0].length) if len(prompts) == 1 and _whole(prompts[0]) else None
-        if size is None:
+        if self.apart is not None:
+            return self.apart
+        size = self._prompt_size(prompts)
+        if self._costs is None or self._prompts is None or size is None:
             return False
         context = sum(request.computed for request in decoding)
         return self._costs.apart(len(decoding), context, self._prompts.seconds.get(size, 0.0))
+
+    def _prompt_size(self, requests: list[Request]) -> int | None:
+        """The length of the recorded prompt that the requests are; None: there is none for them."""
+        if self._prompts is None or len(requests) != 1 or not _whole(requests[0]):
+            return None
+        return self._prompts.size_for(requests[0].length)
 
     @torch.inference_mode()
     def _decode_apart(

@@ -12,10 +12,10 @@ from qwenfit.engine.request import Request
 class Scheduler:
     """First come, first served, within `max_num_seqs` requests and `max_batched_tokens` tokens a step.
 
-    One token for every request that is decoding comes first, then the prompts already begun, then new ones; a
-    prompt longer than what is left of the step goes on in the next. A request is let in when there are blocks for
-    all it has so far, so only decoding can run out; then the request let in last gives its blocks back and waits,
-    to be computed again. The first one is never stopped, so there is always progress.
+    One token for every request that is decoding comes first, the longest ahead, then the prompts already begun, then
+    new ones; a prompt longer than what is left of the step goes on in the next. A request is let in when there are
+    blocks for all it has so far, so only decoding can run out; then the request let in last gives its blocks back and
+    waits, to be computed again. The first one is never stopped, so there is always progress.
 
     Tokens that are still on the device count, but a request that has all it may have with them waits for them.
     """

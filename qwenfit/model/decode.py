@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from qwenfit.kernels.choice import MATVEC_ROWS
-from qwenfit.kernels.triton.decode_attention import NewTokens, arrival_counters, decode_step_attention
+from qwenfit.kernels.triton.decode_attention import arrival_counters, decode_step_attention
 from qwenfit.kernels.triton.int_matvec import BlockedWeight
 from qwenfit.kernels.triton.product import mlp as feed_forward
 from qwenfit.kernels.triton.product import product
@@ -18,7 +18,8 @@ from qwenfit.kernels.triton.rotary_cache import embed_with_angles
 from qwenfit.kernels.triton.step_inputs import StepBuffers
 from qwenfit.model.kv_cache import KVCache
 from qwenfit.model.linear import Linear
-from qwenfit.model.rotary import inverse_frequencies
+from qwenfit.model.new_tokens import new_tokens
+from qwenfit.model.rotary import Angles, inverse_frequencies
 from qwenfit.model.transformer import Block, Transformer
 
 
@@ -73,12 +74,9 @@ class DecodeStep:
 
     def _layer(self, index: int, layer: Block, x: torch.Tensor) -> torch.Tensor:
         attention, mlp = layer.self_attn, layer.mlp
-        norms = None
-        if attention.q_norm is not None and attention.k_norm is not None:
-            norms = (attention.q_norm.weight, attention.k_norm.weight)
         scale = None if self._training_length is None else self._query_scale
-        centre = attention.key_centre if self.cache.dtype == "int8" else None
-        new = NewTokens(self._cos, self._sin, scale, norms, attention.eps, self.buffers.slots, centre, self._arrived)
+        angles = Angles(self._cos, self._sin, scale)
+        new = new_tokens(attention, angles, self.buffers.slots, self.cache, self._arrived)
         norm = layer.input_layernorm
         qkv = product(x, weight_of(attention.qkv_proj), attention.qkv_proj.bias, None, norm.weight, norm.eps)
         out = decode_step_attention(

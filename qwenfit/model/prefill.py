@@ -8,7 +8,6 @@ import torch
 from torch.nn.functional import embedding
 
 from qwenfit.kernels.choice import INT_MATMUL_ROWS
-from qwenfit.kernels.triton.decode_attention import NewTokens
 from qwenfit.kernels.triton.fused_norm import add_norm
 from qwenfit.kernels.triton.gate import silu_mul
 from qwenfit.kernels.triton.int_matvec import BlockedWeight
@@ -19,6 +18,7 @@ from qwenfit.model.attention import Attention
 from qwenfit.model.batch import Batch
 from qwenfit.model.kv_cache import KVCache
 from qwenfit.model.linear import Linear
+from qwenfit.model.new_tokens import new_tokens
 from qwenfit.model.rotary import Angles
 from qwenfit.model.transformer import Block, RMSNorm, Transformer
 
@@ -87,10 +87,6 @@ def _attend(
     cache: KVCache,
     plan: RaggedPlan,
 ) -> torch.Tensor:
-    norms = None
-    if attention.q_norm is not None and attention.k_norm is not None:
-        norms = (attention.q_norm.weight, attention.k_norm.weight)
-    centre = attention.key_centre if cache.dtype == "int8" else None
-    new = NewTokens(angles.cos, angles.sin, angles.query_scale, norms, attention.eps, slots, centre)
+    new = new_tokens(attention, angles, slots, cache)
     qkv = attention.qkv_proj(normed).view(len(normed), -1, attention.head_dim)
     return ragged_attention(qkv, new, cache.layers[index], plan, attention.head_dim**-0.5)

@@ -17,9 +17,10 @@ import triton.language as tl
 from qwenfit.kernels.attention import LayerCache
 from qwenfit.kernels.kv_quant import dequantize_kv
 from qwenfit.kernels.triton.decode_codes import _attend_codes, has_codes
-from qwenfit.kernels.triton.decode_heads import ARRIVED_STRIDE, _attend_heads, merge_parts, split_length
+from qwenfit.kernels.triton.decode_heads import ARRIVED_STRIDE, _attend_heads, merge_parts
 from qwenfit.kernels.triton.launch import INTERPRETED, options, start_after_previous
 from qwenfit.kernels.triton.new_token import group_query
+from qwenfit.kernels.triton.paged import blocks_of, split_length
 from qwenfit.kernels.triton.tuning import tuned
 
 _PROGRAMS_PER_CORE = 4
@@ -202,12 +203,6 @@ def arrival_counters(heads: int, device: torch.device) -> torch.Tensor:
 
 
 @triton.jit
-def _block(table_ptr, token, stop, BLOCK_SIZE: tl.constexpr):
-    """The blocks that hold tokens of a sequence; loaded a tile before the tile itself."""
-    return tl.load(table_ptr + token // BLOCK_SIZE, mask=token < stop, other=0)
-
-
-@triton.jit
 def _tile(
     key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, block, token, stop, kv_head,
     KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, QUANTIZED: tl.constexpr,
@@ -250,12 +245,12 @@ def _attend_groups(
     stop = tl.minimum(start + length, past)
     table_ptr += row * table_stride
     lane = tl.arange(0, TILE)
-    block = _block(table_ptr, start + lane, stop, BLOCK_SIZE)
+    block = blocks_of(table_ptr, start + lane, stop, BLOCK_SIZE)
     k, v, key_scale, key_zero, value_scale, value_zero = _tile(
         key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, block, start + lane, stop, kv_head,
         KV_HEADS, BLOCK_SIZE, DIM, QUANTIZED,
     )  # fmt: skip
-    block = _block(table_ptr, start + TILE + lane, stop, BLOCK_SIZE)
+    block = blocks_of(table_ptr, start + TILE + lane, stop, BLOCK_SIZE)
     cos, sin = 0.0, 0.0
     if FUSED:
         cos, sin = tl.load(cos_ptr + row * DIM + d), tl.load(sin_ptr + row * DIM + d)
@@ -277,7 +272,7 @@ def _attend_groups(
                 key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, block, token + TILE, stop, kv_head,
                 KV_HEADS, BLOCK_SIZE, DIM, QUANTIZED,
             )  # fmt: skip
-            block = _block(table_ptr, token + 2 * TILE, stop, BLOCK_SIZE)
+            block = blocks_of(table_ptr, token + 2 * TILE, stop, BLOCK_SIZE)
             dtype = q_ptr.dtype.element_ty
             if QUANTIZED:
                 k_dot = ((k.to(tl.float32) - key_zero[:, None]) * key_scale[:, None]).to(dtype)

@@ -20,9 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
-from qwenfit.kernels.triton.decode_heads import split_length
 from qwenfit.kernels.triton.launch import start_after_previous
 from qwenfit.kernels.triton.new_token import group_query
+from qwenfit.kernels.triton.paged import blocks_of, scale_of, split_length, zero_of
 
 _OFFSET = tl.constexpr(1024)  # of a code as float16
 
@@ -70,22 +70,6 @@ def _tile(
 
 
 @triton.jit
-def _scale(affine):
-    return affine.to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _zero(affine):
-    return (affine >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _blocks(table_ptr, token, stop, BLOCK_SIZE: tl.constexpr):
-    """The blocks that hold tokens of a sequence; loaded a tile before the tile itself."""
-    return tl.load(table_ptr + token // BLOCK_SIZE, mask=token < stop, other=0)
-
-
-@triton.jit
 def _attend_codes(
     q_ptr, cos_ptr, sin_ptr, query_scale_ptr, q_norm_ptr, k_norm_ptr, slots_ptr, centre_ptr,
     key_ptr, value_ptr, key_affine_ptr, value_affine_ptr,
@@ -107,12 +91,12 @@ def _attend_codes(
     stop = tl.minimum(start + length, past)
     table_ptr += row * table_stride
     lane = tl.arange(0, TILE)
-    block = _blocks(table_ptr, start + lane, stop, BLOCK_SIZE)
+    block = blocks_of(table_ptr, start + lane, stop, BLOCK_SIZE)
     k, key_affine = _tile(key_words_ptr, key_pairs_ptr, block, start + lane, stop, kv_head, KV_HEADS, BLOCK_SIZE, WORDS)
     v, value_affine = _tile(
         value_words_ptr, value_pairs_ptr, block, start + lane, stop, kv_head, KV_HEADS, BLOCK_SIZE, WORDS
     )
-    block = _blocks(table_ptr, start + TILE + lane, stop, BLOCK_SIZE)
+    block = blocks_of(table_ptr, start + TILE + lane, stop, BLOCK_SIZE)
     cos, sin = 0.0, 0.0
     if FUSED:
         d = tl.arange(0, DIM)[None, :]
@@ -146,20 +130,20 @@ def _attend_codes(
             next_v, next_value_affine = _tile(
                 value_words_ptr, value_pairs_ptr, block, token + TILE, stop, kv_head, KV_HEADS, BLOCK_SIZE, WORDS
             )
-            block = _blocks(table_ptr, token + 2 * TILE, stop, BLOCK_SIZE)
+            block = blocks_of(table_ptr, token + 2 * TILE, stop, BLOCK_SIZE)
             points = tl.zeros([GROUP_TILE, TILE], tl.float32)
             for j in tl.static_range(4):
                 points = tl.dot(queries[j], tl.trans(_halves(k, j, INTERPRETED)), points)
-            points = points - sums * (_zero(key_affine) + _OFFSET)[None, :]
-            weight = tl.where(here, _scale(value_affine), 1.0)
-            points = points * (unit * (_scale(key_affine) * scale)[None, :]) + tl.log2(weight)[None, :]
+            points = points - sums * (zero_of(key_affine) + _OFFSET)[None, :]
+            weight = tl.where(here, scale_of(value_affine), 1.0)
+            points = points * (unit * (scale_of(key_affine) * scale)[None, :]) + tl.log2(weight)[None, :]
             points = tl.where(here[None, :], points, -1e30)
             new_top = tl.maximum(top, tl.max(points, axis=1))
             shrink = tl.exp2(top - new_top)
             exact = tl.exp2(points - new_top[:, None])
             p = exact.to(tl.float16)
             total = total * shrink + tl.sum(exact * (1.0 / weight)[None, :], axis=1)
-            centred = p.to(tl.float32) * (_OFFSET + 128) + exact * (_zero(value_affine) - 128.0)[None, :]
+            centred = p.to(tl.float32) * (_OFFSET + 128) + exact * (zero_of(value_affine) - 128.0)[None, :]
             offsets = offsets * shrink + tl.sum(centred, axis=1)
             new_acc = ()
             for j in tl.static_range(4):

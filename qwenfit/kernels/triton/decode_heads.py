@@ -16,15 +16,11 @@ import triton.language as tl
 
 from qwenfit.kernels.triton.integers import dot_high, dot_low, low_bytes, second_bytes
 from qwenfit.kernels.triton.launch import after_loads, start_after_previous
+from qwenfit.kernels.triton.paged import blocks_of, scale_for, scale_of, split_length, zero_of
 
 ARRIVED_STRIDE = tl.constexpr(
     8
 )  # int32 between the counters of two heads: atomics on one line of the cache wait for each other
-
-
-@triton.jit
-def split_length(context, SPLITS: tl.constexpr, TILE: tl.constexpr):
-    return tl.cdiv(tl.cdiv(context, SPLITS), TILE) * TILE
 
 
 @triton.jit
@@ -138,8 +134,7 @@ def _quantized(pieces, d, DIM: tl.constexpr, PIECE: tl.constexpr, INTERPRETED: t
         highs = highs + (tl.where(d[h] < DIM, pieces[h], -1e38),)  # noqa: RUF005
         lows = lows + (tl.where(d[h] < DIM, -pieces[h], -1e38),)  # noqa: RUF005
     low = -_over_head(lows, True)
-    scale = (_over_head(highs, True) - low) / 255
-    scale = tl.where(scale > 0, scale, 2.0**-30)  # kv_quant.CONSTANT
+    scale = scale_for(low, _over_head(highs, True))
     codes = ()
     for h in tl.static_range(len(d)):
         code = tl.minimum(tl.floor((pieces[h] - low) / scale + 0.5), 255.0)
@@ -171,12 +166,6 @@ def _stored(
 
 
 @triton.jit
-def _blocks(table_ptr, token, stop, BLOCK_SIZE: tl.constexpr):
-    """The blocks that hold tokens of a sequence, for each lane; loaded a tile before the tile itself."""
-    return tl.load(table_ptr + token // BLOCK_SIZE, mask=token < stop, other=0)
-
-
-@triton.jit
 def _tile(
     cache_ptr, affine_ptr, block, token, stop, head, lane, element,
     HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROW: tl.constexpr, QUANTIZED: tl.constexpr,
@@ -194,14 +183,13 @@ def _tile(
 @triton.jit
 def _scale(affine):
     """[lanes, tokens, rounds]"""
-    return affine.to(tl.int32).to(tl.float32, bitcast=True).reshape([affine.shape[0], affine.shape[1], affine.shape[2]])
+    return scale_of(affine).reshape([affine.shape[0], affine.shape[1], affine.shape[2]])
 
 
 @triton.jit
 def _zero(affine):
     """[lanes, tokens, rounds]"""
-    zero = (affine >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    return zero.reshape([affine.shape[0], affine.shape[1], affine.shape[2]])
+    return zero_of(affine).reshape([affine.shape[0], affine.shape[1], affine.shape[2]])
 
 
 @triton.constexpr_function
@@ -303,12 +291,12 @@ def _attend_heads(
     element = lane * ELEMENTS + tl.arange(0, ELEMENTS)[None, None, None, :]
     # One number for each thread even where all lanes read the same: so it is where it is used.
     token = start + tl.arange(0, ROUNDS)[None, None, :, None] * TOKENS + within + lane * 0
-    block = _blocks(table_ptr, token, stop, BLOCK_SIZE)
+    block = blocks_of(table_ptr, token, stop, BLOCK_SIZE)
     k, key_affine = _tile(key_ptr, key_affine_ptr, block, token, stop, head, lane, element,
                           HEADS, BLOCK_SIZE, ROW, QUANTIZED)  # fmt: skip
     v, value_affine = _tile(value_ptr, value_affine_ptr, block, token, stop, head, lane, element,
                             HEADS, BLOCK_SIZE, ROW, QUANTIZED)  # fmt: skip
-    block = _blocks(table_ptr, token + TILE, stop, BLOCK_SIZE)
+    block = blocks_of(table_ptr, token + TILE, stop, BLOCK_SIZE)
     d = ()
     for h in tl.static_range(VECTOR // PIECE):
         d = d + (lane * VECTOR + h * PIECE + tl.arange(0, PIECE)[None, None, None, :] + within * 0,)  # noqa: RUF005
@@ -370,7 +358,7 @@ def _attend_heads(
                                                 HEADS, BLOCK_SIZE, ROW, QUANTIZED)  # fmt: skip
                 next_v, next_value_affine = _tile(value_ptr, value_affine_ptr, block, token + TILE, stop, head, lane,
                                                   element, HEADS, BLOCK_SIZE, ROW, QUANTIZED)  # fmt: skip
-                next_block = _blocks(table_ptr, token + 2 * TILE, stop, BLOCK_SIZE)
+                next_block = blocks_of(table_ptr, token + 2 * TILE, stop, BLOCK_SIZE)
                 origin = after_loads(nought, INTERPRETED)
             here = begin + tl.arange(0, ROUNDS)[None, None, :] * TOKENS + tl.arange(0, TOKENS)[None, :, None] < stop
             state = _absorb(state, query, k, key_affine, v, value_affine, here, origin, QUANTIZED, INTERPRETED)

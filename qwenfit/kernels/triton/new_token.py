@@ -1,12 +1,11 @@
 """The newest token of a sequence in a decoding step, where query heads share keys and values."""
 
-# A kernel grows tuples as it is compiled, which Python's types cannot say.
-# mypy: disable-error-code="assignment, misc, var-annotated"
-
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from qwenfit.kernels.triton.paged import scale_for
 
 
 @triton.jit
@@ -33,8 +32,7 @@ def cached(
     at = vector * DIM + tl.arange(0, DIM)[None, :]
     if QUANTIZED:
         low, high = tl.min(x, axis=1)[:, None], tl.max(x, axis=1)[:, None]
-        scale = (high - low) / 255
-        scale = tl.where(scale > 0, scale, 2.0**-30)  # kv_quant.CONSTANT
+        scale = scale_for(low, high)
         zero = -low / scale
         q = tl.floor((x - low) / scale + 0.5)
         one = tl.zeros([1, 1], tl.int32)

@@ -18,6 +18,7 @@ from qwenfit.kernels.norm import rms_norm
 from qwenfit.kernels.rotary import rotate
 from qwenfit.kernels.triton.decode_attention import NewTokens, decode_step_attention
 from qwenfit.kernels.triton.launch import options, start_after_previous
+from qwenfit.kernels.triton.paged import scale_for
 from qwenfit.kernels.triton.prompt_attention import Turn, prompt_attention, prompt_attention_reference
 from qwenfit.kernels.triton.tuning import in_force, key, measured
 
@@ -232,8 +233,7 @@ def _rotate_in_place(
     if QUANTIZED:
         low = tl.minimum(tl.min(a, axis=1), tl.min(b, axis=1))[:, None]
         high = tl.maximum(tl.max(a, axis=1), tl.max(b, axis=1))[:, None]
-        scale = (high - low) / 255
-        scale = tl.where(scale > 0, scale, 2.0**-30)  # kv_quant.CONSTANT
+        scale = scale_for(low, high)
         zero = -low / scale
         code_a, code_b = tl.floor((a - low) / scale + 0.5), tl.floor((b - low) / scale + 0.5)
         tl.store(key_affine_ptr + vector * 2, scale, mask=is_key)

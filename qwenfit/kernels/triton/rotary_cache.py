@@ -14,6 +14,7 @@ from qwenfit.kernels.kv_quant import quantize_kv
 from qwenfit.kernels.norm import rms_norm
 from qwenfit.kernels.rotary import rotate
 from qwenfit.kernels.triton.launch import options, start_after_previous
+from qwenfit.kernels.triton.paged import scale_for
 
 _EMBED_TILE = 1024
 
@@ -120,8 +121,7 @@ def _rotary_cache(
     if QUANTIZED:
         wide = x.to(tl.float32)
         low, high = tl.min(wide, axis=1)[:, None], tl.max(wide, axis=1)[:, None]
-        scale = (high - low) / 255
-        scale = tl.where(scale > 0, scale, 2.0**-30)  # kv_quant.CONSTANT
+        scale = scale_for(low, high)
         x = tl.floor((wide - low) / scale + 0.5).to(tl.uint8)
         tl.store(key_affine_ptr + at * 2, scale, mask=cached & is_key)
         tl.store(key_affine_ptr + at * 2 + 1, -low / scale, mask=cached & is_key)
