@@ -30,7 +30,9 @@ from qwenfit.kernels.triton import tuning
 from qwenfit.kernels.triton.bf16_matvec import bf16_matvec, bf16_matvec_reference
 from qwenfit.kernels.triton.decode_attention import (
     NewTokens,
+    Parts,
     arrival_counters,
+    contexts_in_parts,
     decode_attention_reference,
     decode_step_attention,
 )
@@ -70,7 +72,8 @@ GROUPS = [(28, 4), (32, 8)]  # heads, and those of keys and values: Qwen2.5-7B a
 VOCABULARIES = [(5120, 152064), (8192, 152064)]  # heads of the models that were not tuned yet
 ROTATED_BYTES = 400 << 20
 COMPILERS = 14  # processes
-PARTS = "int4,attention,int8,bf16,rows,groups"
+PARTS = "int4,attention,int8,bf16,rows,groups,uneven"
+SHORT = 200  # tokens of all sequences but one, where lengths are uneven
 
 
 @dataclass
@@ -168,7 +171,7 @@ def attention_configs(quantized: bool, sequences: int) -> Iterable[Config]:
     if sequences > 1:
         for tokens in (16, 32) if not quantized else (32, 64):
             for warps in (1, 2, 4):
-                yield {"tokens": tokens, "warps": warps, "splits": 1}
+                yield {"tokens": tokens, "warps": warps} | ({} if quantized else {"registers": 128})
         return
     for splits in (8, 16, 32):
         for tokens in (16, 32, 64) if not quantized else (32, 64, 128):
@@ -177,10 +180,11 @@ def attention_configs(quantized: bool, sequences: int) -> Iterable[Config]:
 
 
 def group_configs(sequences: int) -> Iterable[Config]:
-    """Of attention whose heads share keys and values; several sequences are split as `num_splits` says."""
-    for tokens, warps in ((32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (128, 4), (128, 8)):
-        config = {"tokens": tokens, "warps": warps}
-        yield from ({**config, "splits": splits} for splits in (16, 32)) if sequences == 1 else (config,)
+    """Of attention whose heads share keys and values."""
+    for tokens, warps in ((32, 2), (32, 4), (64, 2), (64, 4), (128, 4), (128, 8)):
+        for stages in (1, 3) if sequences == 1 else (1, 3, 5):
+            config = {"tokens": tokens, "warps": warps, "stages": stages}
+            yield from ({**config, "splits": splits} for splits in (16, 32, 64)) if sequences == 1 else (config,)
 
 
 def bf16_configs(rows: int) -> Iterable[Config]:
@@ -312,27 +316,37 @@ class Bench:
             self.add(f"cuBLAS bf16 x{rows}", f"{inputs}->{out}", plain, nbytes, 0.0)
 
     def attention(
-        self, quantized: bool, heads: int, sequences: int, contexts: tuple[int, ...], kv_heads: int | None = None
+        self,
+        quantized: bool,
+        heads: int,
+        sequences: int,
+        contexts: tuple[int, ...],
+        kv_heads: int | None = None,
+        uneven: bool = False,
     ) -> None:
         """The kernel of a step, at contexts of which each weighs the same in the choice of a config.
 
-        Several sequences have 1.8 to 0.2 times as many tokens, the longest first, as the scheduler orders them.
+        Several sequences have 1.8 to 0.2 times as many tokens, the longest first, as the scheduler orders them; or,
+        uneven, the first has as many and all others SHORT, in the config in force.
         """
         dim, size, scale = 128, 16, 0.088
         kv_heads = kv_heads or heads
         vector = dim + 8 if quantized else 2 * dim
         spread = [1.8 - 1.6 * i / (sequences - 1) for i in range(sequences)] if sequences > 1 else [1.0]
-        longest = int(max(contexts) * max(spread))
-        blocks = -(-longest // size) * sequences
-        nbytes = [2 * sequences * context * kv_heads * vector for context in contexts]
+        if uneven:
+            spread = [1.0] + [SHORT / max(contexts)] * (sequences - 1)
+        held = [-(-int(max(contexts) * share) // size) for share in spread]  # blocks of each
+        nbytes = [2 * sum(int(context * share) for share in spread) * kv_heads * vector for context in contexts]
         count = 2 if self.compiling else max(2, -(-ROTATED_BYTES // min(nbytes)))
-        caches = [random_cache(blocks, size, kv_heads, dim, quantized) for _ in range(min(count, 24))]
-        tables = torch.randperm(blocks, device="cuda").int().view(sequences, -1)
+        caches = [random_cache(sum(held), size, kv_heads, dim, quantized) for _ in range(min(count, 24))]
+        tables = torch.zeros(sequences, max(held), dtype=torch.int32, device="cuda")
+        tables[(torch.arange(max(held)) < torch.tensor(held)[:, None]).cuda()] = torch.randperm(sum(held)).int().cuda()
         lengths = torch.zeros(sequences, dtype=torch.int64, device="cuda")
         qkv = normal(sequences, heads + 2 * kv_heads, dim)
         cos, sin = torch.rand(sequences, 1, dim, device="cuda"), torch.rand(sequences, 1, dim, device="cuda")
         slots = torch.zeros(sequences, dtype=torch.int64, device="cuda")
-        new = NewTokens(cos, sin, None, None, 1e-6, slots, None, arrival_counters(sequences * heads, qkv.device))
+        new = NewTokens(cos, sin, None, None, 1e-6, slots)
+        arrived = arrival_counters(sequences * heads, qkv.device)
         out = torch.empty(sequences, heads * dim, dtype=qkv.dtype, device="cuda")
 
         def at(context: int) -> None:
@@ -340,12 +354,18 @@ class Bench:
             last = lengths - 1
             slots.copy_(tables.gather(1, (last // size)[:, None])[:, 0].long() * size + last % size)
 
-        def step(cache: LayerCache, config: Config) -> torch.Tensor:
-            return decode_step_attention(qkv, new, cache, tables, lengths, scale, out, None, config)
+        def step(cache: LayerCache, config: Config, parts: Parts) -> torch.Tensor:
+            return decode_step_attention(qkv, new, cache, tables, lengths, scale, out, None, config, parts)
+
+        def parts_for(config: Config) -> Parts:
+            parts = contexts_in_parts(lengths, heads, caches[0], arrived, config)
+            torch.cuda.synchronize()  # what follows begins by reading them
+            return parts
 
         def run_at(context: int, config: Config) -> float:
             at(context)
-            return self.timer([partial(step, one, config) for one in caches])
+            parts = parts_for(config)
+            return self.timer([partial(step, one, config, parts) for one in caches])
 
         def run(config: Config) -> float:
             return sum(run_at(context, config) / size for context, size in zip(contexts, nbytes, strict=True))
@@ -355,12 +375,16 @@ class Bench:
         shape: tuple[int, ...] = (*kind, sequences * heads)
         if kv_heads != heads:
             kernel, shape, configs = "decode_attention", (*kind, heads // kv_heads, sequences), group_configs(sequences)
-        config, _ = self.choose(kernel, shape, configs, run)
+        config = tuning.tuned(kernel, shape)
+        if uneven:
+            run(config)
+        else:
+            config, _ = self.choose(kernel, shape, configs, run)
         if self.compiling:
             return
         at(max(contexts) - 3)
         out.fill_(torch.nan)
-        got = step(caches[0], config)
+        got = step(caches[0], config, parts_for(config))
         q = rotary_cache_reference(qkv[:2], cos[:2], sin[:2], None, None, 1e-6, slots[:2], caches[0])
         wanted = decode_attention_reference(q, caches[0], tables, lengths[:2], scale)
         error = relative_error(got[:2], wanted)
@@ -368,7 +392,14 @@ class Bench:
             us = run_at(context, config)
             name = f"attention {'int8' if quantized else 'bf16'} {heads}"
             name += "" if kv_heads == heads else f"/{kv_heads}"
-            self.add(name, f"{sequences} x {context}", us, count_of_bytes, error, config)
+            self.add(
+                name,
+                f"1 x {context}, {sequences - 1} x {SHORT}" if uneven else f"{sequences} x {context}",
+                us,
+                count_of_bytes,
+                error,
+                config,
+            )
 
     def record(self) -> dict[str, Any]:
         return record_head("gpu kernels") | {
@@ -441,6 +472,9 @@ def measure(bench: Bench, models: list[str], only: list[str], seconds: float) ->
     if "groups" in only:
         for count in (1, 16, 64, 256):
             parts += [(bench.attention, q, heads, count, (800,), few) for heads, few in GROUPS for q in (False, True)]
+    if "uneven" in only:
+        for heads, few, count in ((32, 32, 64), *((heads, few, 16) for heads, few in GROUPS)):
+            parts += [(bench.attention, q, heads, count, (16_384,), few, True) for q in (False, True)]
     for what, *arguments in parts:
         if time.perf_counter() - began < seconds:
             bench.attempt(what, *arguments)
@@ -457,7 +491,8 @@ def main() -> None:
     parser.add_argument(
         "--parts",
         default=PARTS,
-        help="what is measured; rows: int4 and int8 with 2 and 4 rows; groups: attention of later models",
+        help="what is measured; rows: int4 and int8 with 2 and 4 rows; groups: attention of later models; "
+        "uneven: of one long sequence among short ones",
     )
     parser.add_argument("--seconds", type=float, default=145, help="in all; parts that would begin later are left out")
     options = parser.parse_args()

@@ -71,7 +71,7 @@ def plan_of(queries: list[int], contexts: list[int]) -> ragged.RaggedPlan:
     ]
     empty = torch.empty(0, dtype=torch.int64, device=DEVICE)
     slots = None if queries == contexts else empty
-    return ragged.RaggedPlan(0, empty, empty, queries, contexts, starts[0], starts[1], slots)
+    return ragged.RaggedPlan(0, empty, None, empty, queries, contexts, starts[0], starts[1], slots)
 
 
 def attention_of(config: dict[str, int], queries: list[int], contexts: list[int], tensors: Three) -> Run:

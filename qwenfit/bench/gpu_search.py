@@ -19,7 +19,7 @@ import torch
 
 from qwenfit.bench.gpu_common import record_head
 from qwenfit.bench.gpu_decode import packed_of, random_model, record_graph, start, unmoved
-from qwenfit.bench.gpu_kernels import attention_configs, compile_beside, int_configs, once_each
+from qwenfit.bench.gpu_kernels import attention_configs, compile_beside, group_configs, int_configs, once_each
 from qwenfit.checkpoint.resolve import resolve_model
 from qwenfit.kernels.triton import tuning
 from qwenfit.kernels.triton.launch import best_seconds, device_limits
@@ -28,13 +28,6 @@ from qwenfit.model.transformer import Transformer
 
 REPLAYS = 60
 GAIN = 0.997  # of the time: what is less is noise
-GROUPED = [  # where several heads of queries share one of keys and values
-    {"tokens": tokens, "warps": warps, "splits": splits}
-    for tokens in (32, 64, 128)
-    for warps in (2, 4, 8)
-    for splits in (16, 32, 64)
-    if 16 * warps <= tokens <= 32 * warps  # more than that do not fit the registers
-]
 Trials = list[tuple[str, tuple[int, ...], list[tuning.Config]]]
 
 
@@ -52,7 +45,7 @@ def trials(model: Transformer, precision: str, kv: str) -> Trials:
         shape = (size, config.head_dim, config.num_heads)
         found.append(("decode_heads", shape, list(attention_configs(kv == "int8", 1))))
     else:
-        found.append(("decode_attention", (size, config.head_dim, groups, 1), list(GROUPED)))
+        found.append(("decode_attention", (size, config.head_dim, groups, 1), list(group_configs(1))))
     return found
 
 

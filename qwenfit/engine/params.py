@@ -37,7 +37,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None  # token id -> added to its logit
     stop: str | Sequence[str] = ()  # the answer ends before the first of these
     stop_token_ids: Sequence[int] = ()  # the answer ends with one of these
-    seed: int | None = None  # same seed, same answer, whatever else is in the batch
+    seed: int | None = None  # same seed, same draws, whatever else is in the batch (a GPU may round otherwise)
     n: int = 1  # answers to one prompt
     logprobs: int | None = None  # log-probability of each chosen token, and of this many likeliest ones
     min_tokens: int = 0  # no stop before this many

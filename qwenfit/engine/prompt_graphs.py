@@ -28,7 +28,7 @@ class PromptStep:
         self._numbers = torch.zeros(2 * size + 2, dtype=torch.int64, device=device)
         starts = self._numbers[-1:].view(torch.int32)  # 0 and the length: the halves of length * 2^32
         none = torch.empty(0, dtype=torch.int64, device=device)
-        self._plan = RaggedPlan(0, none, none, [size], [size], starts, starts, None, padded=True)
+        self._plan = RaggedPlan(0, none, None, none, [size], [size], starts, starts, None, padded=True)
         positions = torch.arange(size, device=device)
         self._angles = model.rotary.angles(positions, [size], [1.0], math.inf, model.dtype)
 

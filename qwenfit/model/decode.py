@@ -1,4 +1,4 @@
-"""A decoding step on a GPU: one new token for each sequence, in five kernels a layer, on buffers that stay in place.
+"""A decoding step on a GPU: one new token a sequence, in five kernels a layer or six, on buffers that stay in place.
 
 Nothing in it depends on the host, so a CUDA graph can record it once and replay it for every token.
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from qwenfit.kernels.choice import MATVEC_ROWS
-from qwenfit.kernels.triton.decode_attention import arrival_counters, decode_step_attention
+from qwenfit.kernels.triton.decode_attention import Parts, arrival_counters, contexts_in_parts, decode_step_attention
 from qwenfit.kernels.triton.int_matvec import BlockedWeight
 from qwenfit.kernels.triton.product import mlp as feed_forward
 from qwenfit.kernels.triton.product import product
@@ -58,13 +58,15 @@ class DecodeStep:
         """float32 logits [batch, vocab_size], in `out` if given; keys and values of the new tokens enter the cache."""
         model = self.model
         angles = (self._cos, self._sin, self._query_scale)
+        contexts, stored = self.buffers.context_lens, self.cache.layers[0]
+        parts = contexts_in_parts(contexts, model.config.num_heads, stored, self._arrived)
         x = embed_with_angles(
             self.buffers.input_ids, model.embed_tokens.weight, self.buffers.positions, self._inverse,
             model.rotary.scaling, self._training_length, angles, self._hidden,
         )  # fmt: skip
         for index, layer in enumerate(model.layers):
             assert isinstance(layer, Block)
-            x = self._layer(index, layer, x)
+            x = self._layer(index, layer, x, parts)
         head = model.embed_tokens.weight if model.lm_head is None else weight_of(model.lm_head)
         norm = model.norm
         if isinstance(head, BlockedWeight):
@@ -72,11 +74,11 @@ class DecodeStep:
             return logits.float() if out is None else out.copy_(logits)
         return product(x, head, norm=norm.weight, eps=norm.eps, dtype=torch.float32, out=out)
 
-    def _layer(self, index: int, layer: Block, x: torch.Tensor) -> torch.Tensor:
+    def _layer(self, index: int, layer: Block, x: torch.Tensor, parts: Parts) -> torch.Tensor:
         attention, mlp = layer.self_attn, layer.mlp
         scale = None if self._training_length is None else self._query_scale
         angles = Angles(self._cos, self._sin, scale)
-        new = new_tokens(attention, angles, self.buffers.slots, self.cache, self._arrived)
+        new = new_tokens(attention, angles, self.buffers.slots, self.cache)
         norm = layer.input_layernorm
         qkv = product(x, weight_of(attention.qkv_proj), attention.qkv_proj.bias, None, norm.weight, norm.eps)
         out = decode_step_attention(
@@ -86,6 +88,7 @@ class DecodeStep:
             self.buffers.block_tables,
             self.buffers.context_lens,
             attention.head_dim**-0.5,
+            parts=parts,
         )
         x = product(out, weight_of(attention.o_proj), residual=x)
         norm = layer.post_attention_layernorm

@@ -10,12 +10,10 @@ from qwenfit.model.kv_cache import KVCache
 from qwenfit.model.rotary import Angles
 
 
-def new_tokens(
-    attention: Attention, angles: Angles, slots: torch.Tensor, cache: KVCache, arrived: torch.Tensor | None = None
-) -> NewTokens:
-    """Of tokens with these angles, whose keys and values go to `slots`; arrived: see `NewTokens`."""
+def new_tokens(attention: Attention, angles: Angles, slots: torch.Tensor, cache: KVCache) -> NewTokens:
+    """Of tokens with these angles, whose keys and values go to `slots`."""
     norms = None
     if attention.q_norm is not None and attention.k_norm is not None:
         norms = (attention.q_norm.weight, attention.k_norm.weight)
     centre = attention.key_centre if cache.dtype == "int8" else None
-    return NewTokens(angles.cos, angles.sin, angles.query_scale, norms, attention.eps, slots, centre, arrived)
+    return NewTokens(angles.cos, angles.sin, angles.query_scale, norms, attention.eps, slots, centre)

@@ -33,7 +33,8 @@ def prefill(model: Transformer, batch: Batch, cache: KVCache, rows: torch.Tensor
     """
     # LogN's scale is there even where it is 1: its kernels are those that the decoding step has compiled already.
     angles = model.rotary.angles(batch.positions, batch.query_lens, batch.ntk_alphas, math.inf, model.dtype)
-    plan = ragged_plan(batch.step(cache.block_size, model.dtype))
+    step = batch.step(cache.block_size, model.dtype)
+    plan = ragged_plan(step, model.config.num_heads, cache.layers[0])
     return run_layers(model, batch.input_ids, batch.slots, angles, plan, cache, rows)
 
 

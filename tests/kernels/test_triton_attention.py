@@ -10,10 +10,12 @@ from qwenfit.kernels.attention import LayerCache
 from qwenfit.kernels.kv_quant import dequantize_kv, quantize_kv
 from qwenfit.kernels.triton.decode_attention import (
     NewTokens,
+    contexts_in_parts,
     decode_attention,
     decode_attention_reference,
     decode_step_attention,
 )
+from qwenfit.kernels.triton.parts import cut, cut_reference
 from qwenfit.kernels.triton.rotary_cache import embed_with_angles, rotary_cache, rotary_cache_reference
 from qwenfit.model.rotary import inverse_frequencies, logn_scale
 
@@ -34,23 +36,57 @@ def filled(kv_heads: int, head_dim: int, num_blocks: int, quantized: bool) -> La
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"), [(3, 3, 16), (6, 2, 32), (4, 1, 16), (2, 2, 20), (2, 2, 80)]
 )
-@pytest.mark.parametrize("splits", [1, 4])
-def test_one_query_per_sequence(heads: int, kv_heads: int, head_dim: int, quantized: bool, splits: int) -> None:
+@pytest.mark.parametrize(("splits", "stages"), [(1, 1), (4, 1), (4, 3)])
+def test_one_query_per_sequence(
+    heads: int, kv_heads: int, head_dim: int, quantized: bool, splits: int, stages: int
+) -> None:
     lengths = [1, 37, 0, 16]
     cache = filled(kv_heads, head_dim, 40, quantized)
     tables = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:40].view(4, 10).int().to(DEVICE)
     context = torch.tensor(lengths, device=DEVICE)
     q = random(4, heads, head_dim)
     out = poisoned(4, heads * head_dim)
-    decode_attention(q, cache, tables, context, 0.3, out=out, splits=splits, config=TINY)
+    config = TINY | {"stages": stages}
+    decode_attention(q, cache, tables, context, 0.3, out=out, splits=splits, config=config)
     reference = decode_attention_reference(q, cache, tables, context, 0.3)
     assert error(out, reference) < (1e-4 if quantized else 1e-5)  # a query is rounded to 16 bits for bytes of keys
     assert bool((out[2] == 0).all())  # a padding row
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "half"), [(2, 2, False), (6, 2, False), (6, 2, True)])
+def test_a_long_sequence_among_short_ones(heads: int, kv_heads: int, half: bool, quantized: bool) -> None:
+    """It has more parts than are merged at once, and most others have one."""
+    lengths, dim = [5, 340, 0, 16, 1, 40, 2], 64
+    cache = filled(kv_heads, dim, 100, quantized)
+    tables = torch.randint(0, 100, (len(lengths), 85), generator=torch.Generator().manual_seed(0)).int().to(DEVICE)
+    context = torch.tensor(lengths, device=DEVICE)
+    q = random(len(lengths), heads, dim)
+    q = q.half() if half else q
+    parts = contexts_in_parts(context, heads, cache, config=TINY, splits=7)
+    assert parts.table is not None and int(parts.table[:, 4].max()) == 22
+    out = poisoned(*q.flatten(1).shape).to(q.dtype)
+    decode_attention(q, cache, tables, context, 0.3, out=out, splits=7, config=TINY)
+    reference = decode_attention_reference(q.float(), cache, tables, context, 0.3)
+    assert error(out.float(), reference) < (3e-3 if half else 1e-4 if quantized else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "wanted"),
+    [([1], 3), ([0, 0], 1), ([5, 700, 0, 16], 8), ([3] * 40, 4), ([1000, 1] * 20, 64), (list(range(256)), 16)],
+)
+def test_contexts_are_cut_into_parts_of_like_length(lengths: list[int], wanted: int) -> None:
+    context = torch.tensor(lengths, device=DEVICE)
+    table = cut(context, wanted, 16)
+    assert torch.equal(table, cut_reference(context, wanted, 16))
+    row, start, stop = table[:, :3].T.tolist()
+    tokens = [(i, t) for i, begin, end in zip(row, start, stop, strict=True) for t in range(begin, end)]
+    assert sorted(tokens) == [(i, t) for i, length in enumerate(lengths) for t in range(length)]
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 2, 64), (7, 1, 128)])
-@pytest.mark.parametrize("splits", [1, 4])
-def test_codes_are_multiplied_as_they_are(heads: int, kv_heads: int, head_dim: int, splits: int) -> None:
+@pytest.mark.parametrize(("splits", "stages"), [(1, 1), (4, 1), (4, 3)])
+def test_codes_are_multiplied_as_they_are(heads: int, kv_heads: int, head_dim: int, splits: int, stages: int) -> None:
     """Of 16-bit models; values of very different sizes, and queries far from 1."""
     cache = filled(kv_heads, head_dim, 40, True)
     assert cache.value_affine is not None
@@ -60,7 +96,8 @@ def test_codes_are_multiplied_as_they_are(heads: int, kv_heads: int, head_dim: i
     for size in (1e-3, 1.0, 30.0):
         q = (random(4, heads, head_dim) * size).half()
         out = poisoned(4, heads * head_dim).half()
-        decode_attention(q, cache, tables, context, 0.3, out=out, splits=splits, config=TINY)
+        config = TINY | {"stages": stages}
+        decode_attention(q, cache, tables, context, 0.3, out=out, splits=splits, config=config)
         reference = decode_attention_reference(q.float(), cache, tables, context, 0.3)
         assert error(out.float(), reference) < 3e-3  # the weights of values are rounded to 11 bits
         assert bool((out[2] == 0).all())
@@ -181,7 +218,9 @@ def test_the_newest_token_joins_its_sequence(
     head_norms = (random(dim) * 0.1 + 1, random(dim, seed=1) * 0.1 + 1) if norms else None
     out = poisoned(4, heads * dim)
     new = NewTokens(cos, sin, scale, head_norms, 1e-6, slots)
-    decode_step_attention(qkv, new, ours, tables, context, 0.3, out=out, splits=splits, config=config)
+    parts = contexts_in_parts(context, heads, ours, None, config, splits)
+    decode_step_attention(qkv, new, ours, tables, context, 0.3, out=out, config=config, parts=parts)
+    assert parts.arrived is None or not parts.arrived.any()  # ready for the next layer
     q = rotary_cache_reference(qkv, cos, sin, scale, head_norms, 1e-6, slots, theirs)
     reference = decode_attention_reference(q, theirs, tables, context, 0.3)
     assert error(out, reference) < (5e-3 if quantized else 1e-5)  # a tie may be rounded the other way

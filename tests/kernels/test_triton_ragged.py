@@ -75,7 +75,7 @@ def test_prompts_chunks_and_single_tokens_in_one_step(
     on_host = RaggedStep(queries, contexts, tables, slots, BLOCK_SIZE, torch.float32)
     expected = ragged_attention_reference(qkv.cpu(), new, theirs, on_host, 0.25)
     step = RaggedStep(queries, contexts, tables.to(DEVICE), slots.to(DEVICE), BLOCK_SIZE, torch.float32)
-    out = ragged_attention(qkv, moved(new), ours, ragged_plan(step), 0.25)
+    out = ragged_attention(qkv, moved(new), ours, ragged_plan(step, heads, ours), 0.25)
     assert error(out.cpu(), expected) < (2e-3 if quantized else 1e-5)
     for field in ("key", "value", "key_affine", "value_affine"):
         if getattr(theirs, field) is not None:

@@ -1,4 +1,4 @@
-"""Attention of one query for each sequence over the paged cache, the sequences split into parts (Flash-Decoding).
+"""Attention of one query for each sequence over the paged cache, the sequences in parts (Flash-Decoding).
 
 `decode_attention_reference` is the definition. Shapes and lengths that change from step to step are read from device
 tensors and the grid depends on none of them, so a CUDA graph of a step stays right as the sequences grow.
@@ -17,14 +17,12 @@ import triton.language as tl
 from qwenfit.kernels.attention import LayerCache
 from qwenfit.kernels.kv_quant import dequantize_kv
 from qwenfit.kernels.triton.decode_codes import _attend_codes, has_codes
-from qwenfit.kernels.triton.decode_heads import ARRIVED_STRIDE, _attend_heads, merge_parts
+from qwenfit.kernels.triton.decode_heads import _attend_heads
 from qwenfit.kernels.triton.launch import INTERPRETED, options, start_after_previous
 from qwenfit.kernels.triton.new_token import group_query
-from qwenfit.kernels.triton.paged import blocks_of, split_length
+from qwenfit.kernels.triton.paged import blocks_of
+from qwenfit.kernels.triton.parts import ARRIVED_STRIDE, cut, merge, part_of
 from qwenfit.kernels.triton.tuning import tuned
-
-_PROGRAMS_PER_CORE = 4
-_MAX_SPLITS = 64
 
 
 def decode_attention_reference(
@@ -57,11 +55,50 @@ def decode_attention_reference(
     return out.flatten(1)
 
 
-def num_splits(batch: int, kv_heads: int, device: torch.device) -> int:
-    """Parts that each sequence is cut into: enough programs to keep every core of the card reading."""
-    cores = 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = max(1, _PROGRAMS_PER_CORE * cores // (batch * kv_heads))
-    return min(_MAX_SPLITS, 1 << (wanted.bit_length() - 1))
+@dataclass(frozen=True)
+class Parts:
+    """How the attention of a step, in every layer, takes its contexts."""
+
+    wanted: int  # that one sequence has at most
+    table: torch.Tensor | None  # of `cut`; None: one sequence
+    arrived: torch.Tensor | None  # of `arrival_counters`, used by one stream at a time; None: heads share keys
+
+
+def contexts_in_parts(
+    context_lens: torch.Tensor,
+    heads: int,
+    cache: LayerCache,
+    arrived: torch.Tensor | None = None,
+    config: dict[str, int] | None = None,
+    splits: int | None = None,
+) -> Parts:
+    """The parts of contexts [B] for attention by `config`, some `splits` of a sequence or as many as the card has room
+    for. arrived: counters, if there are any already.
+    """
+    batch = len(context_lens)
+    config = config or _config(heads, cache, batch)
+    wanted = splits * batch if splits else _wanted(config, batch, heads, cache)
+    if arrived is None and heads == cache.key.shape[2]:
+        arrived = arrival_counters(batch * heads, context_lens.device)
+    return Parts(wanted, None if batch == 1 else cut(context_lens, wanted, config["tokens"]), arrived)
+
+
+def _config(heads: int, cache: LayerCache, batch: int) -> dict[str, int]:
+    kv_heads, head_dim = cache.key.shape[2:]
+    size = cache.key.element_size()
+    if heads == kv_heads:
+        return tuned("decode_heads", (size, head_dim, batch * heads))
+    return tuned("decode_attention", (size, head_dim, heads // kv_heads, batch))
+
+
+def _wanted(config: dict[str, int], batch: int, heads: int, cache: LayerCache) -> int:
+    """Parts of all sequences together: enough programs to keep every core of the card reading, and no more at once."""
+    if batch == 1 and "splits" in config:
+        return config["splits"]
+    cores = 4 if INTERPRETED else torch.cuda.get_device_properties(cache.key.device).multi_processor_count
+    warps = 16 if heads == cache.key.shape[2] and cache.key_affine is None else 8  # that have room on a core at once
+    programs = cores * warps // config["warps"]
+    return 1 << (max(1, programs // cache.key.shape[2]).bit_length() - 1)
 
 
 def decode_attention(
@@ -74,8 +111,8 @@ def decode_attention(
     splits: int | None = None,
     config: dict[str, int] | None = None,
 ) -> torch.Tensor:
-    """`decode_attention_reference` in one or two kernels. q is contiguous; head_dim is a power of two."""
-    return _run(q, q.shape[1], None, cache, block_tables, context_lens, scale, out, splits, config)
+    """`decode_attention_reference` in up to three kernels. q is contiguous."""
+    return _run(q, q.shape[1], None, cache, block_tables, context_lens, scale, out, splits, config, None)
 
 
 @dataclass(frozen=True)
@@ -89,7 +126,6 @@ class NewTokens:
     eps: float
     slots: torch.Tensor  # int64 [B], -1 in padding rows
     key_centre: torch.Tensor | None = None  # [kv_heads, head_dim] of q's dtype, taken from rotated keys
-    arrived: torch.Tensor | None = None  # of `arrival_counters`, used by one stream at a time
 
 
 def decode_step_attention(
@@ -102,14 +138,16 @@ def decode_step_attention(
     out: torch.Tensor | None = None,
     splits: int | None = None,
     config: dict[str, int] | None = None,
+    parts: Parts | None = None,
 ) -> torch.Tensor:
     """`rotary_cache`, then `decode_attention`, without a kernel of its own for the first.
 
     qkv [B, heads + 2 kv_heads, head_dim] as projected. The part of a sequence that ends in the new token takes its key
     and value from qkv and writes them to the cache; the tokens before are read while qkv is still being computed.
+    parts: of `contexts_in_parts`, which is not to be the last thing before this.
     """
     heads = qkv.shape[1] - 2 * cache.key.shape[2]
-    return _run(qkv, heads, new, cache, block_tables, context_lens, scale, out, splits, config)
+    return _run(qkv, heads, new, cache, block_tables, context_lens, scale, out, splits, config, parts)
 
 
 def _run(
@@ -123,24 +161,27 @@ def _run(
     out: torch.Tensor | None,
     splits: int | None,
     config: dict[str, int] | None,
+    parts: Parts | None,
 ) -> torch.Tensor:
     batch, head_dim = q.shape[0], q.shape[-1]
     kv_heads, size = cache.key.shape[2], cache.key.element_size()
-    if config is None and heads == kv_heads:
-        config = tuned("decode_heads", (size, head_dim, batch * heads))
-    elif config is None:
-        config = tuned("decode_attention", (size, head_dim, heads // kv_heads, batch))
-    splits = splits or config.get("splits") or num_splits(batch, kv_heads, q.device)
+    config = config or _config(heads, cache, batch)
+    launch: dict[str, Any] = options(q) | {"num_warps": config["warps"]}
+    if parts is None:
+        parts = contexts_in_parts(context_lens, heads, cache, None, config, splits)
+        launch = {"num_warps": config["warps"], "OVERLAP": False}  # it begins by reading what was just written
+    table, wanted = parts.table, parts.wanted
+    count = wanted if table is None else len(table)
     if out is None:
         out = torch.empty(batch, heads * head_dim, dtype=q.dtype, device=q.device)
     vector = _vector(size, head_dim)
     lanes = triton.next_power_of_2(head_dim // vector)
     tokens = max(1, 32 * config["warps"] // lanes)  # that the threads of a program read at once, where heads are alone
-    parts = min(config["warps"], tokens) if heads == kv_heads and splits > 1 else 1  # that a program stores
+    each = min(config["warps"], tokens) if heads == kv_heads and wanted >= 2 * batch else 1  # parts a program stores
     partial, lse = out, out
-    if splits > 1:
-        partial = torch.empty(batch, heads, splits * parts, head_dim, dtype=torch.float32, device=q.device)
-        lse = torch.empty(batch, heads, splits * parts, dtype=torch.float32, device=q.device)
+    if count > 1:
+        partial = torch.empty(heads, count * each, head_dim, dtype=torch.float32, device=q.device)
+        lse = torch.empty(heads, count * each, dtype=torch.float32, device=q.device)
     q_norm, k_norm = (new.head_norms if new else None) or (None, None)
     operands = (
         q, new and new.cos, new and new.sin, new and new.query_scale, q_norm, k_norm, new and new.slots,
@@ -149,46 +190,42 @@ def _run(
     quantized = cache.key_affine is not None
     shared: dict[str, Any] = dict(
         FUSED=new is not None, HAS_SCALE=new is not None and new.query_scale is not None, HAS_NORM=q_norm is not None,
-        HAS_CENTRE=new is not None and new.key_centre is not None, SPLITS=splits, DIM=head_dim, HEADS=heads,
-        BLOCK_SIZE=cache.key.shape[1], QUANTIZED=quantized, num_warps=config["warps"], **options(q),
+        HAS_CENTRE=new is not None and new.key_centre is not None, CUT=table is not None,
+        SPLITS=count if table is None else 0, DIM=head_dim, HEADS=heads, BLOCK_SIZE=cache.key.shape[1],
+        QUANTIZED=quantized, **launch,
     )  # fmt: skip
-    scale, eps, stride = scale * 1.4426950408889634, new.eps if new else 0.0, block_tables.stride(0)
-    grid = (splits, kv_heads, batch)
-    if heads == kv_heads:
-        arrived = None  # where nothing is split, given or not: it is one kernel
-        if splits > 1:
-            arrived = new.arrived if new else None
-            arrived = arrival_counters(batch * heads, q.device) if arrived is None else arrived
-        key, value, key_affine, value_affine = cache.key, cache.value, None, None
-        if cache.key_affine is not None and cache.value_affine is not None:  # words of codes; scale and zero as one
-            key, value = key.view(torch.int32), value.view(torch.int32)
-            key_affine, value_affine = cache.key_affine.view(torch.int64), cache.value_affine.view(torch.int64)
-        _attend_heads[grid](
-            *operands, key, value, key_affine, value_affine, block_tables, context_lens, partial, lse, arrived, out,
-            scale, eps, stride, 0,
-            PARTS=parts, ROUNDS=max(1, config["tokens"] // tokens), TOKENS=tokens, LANES=lanes, VECTOR=vector,
-            PIECE=min(8, vector), INTERPRETED=INTERPRETED, **shared,
-        )  # fmt: skip
-        return out
-    group = heads // kv_heads
-    tile = {"TILE": config["tokens"], "GROUP": group, "GROUP_TILE": max(16, triton.next_power_of_2(group))}
-    shared |= {"KV_HEADS": kv_heads, **tile}
-    stored = (cache.key, cache.value, cache.key_affine, cache.value_affine)
-    sequences = (block_tables, context_lens, partial, lse, scale, eps, stride)
-    if cache.key_affine is not None and cache.value_affine is not None and has_codes(q.dtype, head_dim):
-        del shared["QUANTIZED"]
+    numbers = (scale * 1.4426950408889634, new.eps if new else 0.0, block_tables.stride(0), count)
+    contexts = (block_tables, context_lens, table, partial, lse)
+    grid = (kv_heads, count)
+    words: tuple[torch.Tensor, ...] | None = None
+    if cache.key_affine is not None and cache.value_affine is not None:  # four codes each; scale and zero as one
         words = (
             cache.key.view(torch.int32), cache.value.view(torch.int32),
             cache.key_affine.view(torch.int64), cache.value_affine.view(torch.int64),
         )  # fmt: skip
-        _attend_codes[grid](*operands, *stored, *words, *sequences, INTERPRETED=INTERPRETED, **shared)
-    else:
-        _attend_groups[grid](*operands, *stored, *sequences, **shared)
-    if splits > 1:
-        _merge[(heads, batch)](
-            partial, lse, context_lens, out, SPLITS=splits, TILE=config["tokens"], DIM=head_dim,
-            LANES=triton.next_power_of_2(head_dim), HEADS=heads, num_warps=4, **options(q),
+    if heads == kv_heads:
+        if "registers" in config and not INTERPRETED:
+            shared["maxnreg"] = config["registers"]
+        _attend_heads[grid](
+            *operands, *(words or (cache.key, cache.value, None, None)), *contexts, parts.arrived, out, *numbers, 0,
+            MOST=triton.next_power_of_2(wanted) * each, PARTS=each, ROUNDS=max(1, config["tokens"] // tokens),
+            TOKENS=tokens, LANES=lanes, VECTOR=vector, PIECE=min(8, vector), INTERPRETED=INTERPRETED, **shared,
         )  # fmt: skip
+        return out
+    group = heads // kv_heads
+    tile = max(16, triton.next_power_of_2(group))
+    shared |= {"KV_HEADS": kv_heads, "TILE": config["tokens"], "GROUP": group, "GROUP_TILE": tile}
+    stages = config.get("stages", 1)
+    stored = (cache.key, cache.value, cache.key_affine, cache.value_affine)
+    if words is not None and has_codes(q.dtype, head_dim):
+        del shared["QUANTIZED"]
+        _attend_codes[grid](
+            *operands, *stored, *words, *contexts, out, *numbers, STAGES=stages, INTERPRETED=INTERPRETED, **shared
+        )
+    else:  # bytes made floats take the shared memory that more stages need
+        _attend_groups[grid](*operands, *stored, *contexts, out, *numbers, STAGES=1 if quantized else stages, **shared)
+    if count > 1:
+        merge(partial, lse, out, context_lens, table, wanted, config["tokens"])
     return out
 
 
@@ -225,87 +262,93 @@ def _tile(
 
 
 @triton.jit
+def _absorb(state, q, tile, here, scale, QUANTIZED: tl.constexpr):
+    """Attend to one tile more. here [TILE]; state: the highest score, the sum of weights, and of weighted values."""
+    top, total, acc = state
+    k, v, key_scale, key_zero, value_scale, value_zero = tile
+    if QUANTIZED:
+        k = ((k.to(tl.float32) - key_zero[:, None]) * key_scale[:, None]).to(q.dtype)
+        v = ((v.to(tl.float32) - value_zero[:, None]) * value_scale[:, None]).to(q.dtype)
+    points = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
+    points = tl.where(here[None, :], points, -1e30)
+    new_top = tl.maximum(top, tl.max(points, axis=1))
+    shrink = tl.exp2(top - new_top)
+    p = tl.exp2(points - new_top[:, None])
+    total = total * shrink + tl.sum(p, axis=1)
+    acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
+    return new_top, total, acc
+
+
+@triton.jit(do_not_specialize=["splits"])
 def _attend_groups(
     q_ptr, cos_ptr, sin_ptr, query_scale_ptr, q_norm_ptr, k_norm_ptr, slots_ptr, centre_ptr,
-    key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, table_ptr, context_ptr, partial_ptr, lse_ptr,
-    scale, eps, table_stride,
+    key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, table_ptr, context_ptr, parts_ptr,
+    partial_ptr, lse_ptr, out_ptr, scale, eps, table_stride, splits,
     FUSED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_CENTRE: tl.constexpr,
-    SPLITS: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    QUANTIZED: tl.constexpr, OVERLAP: tl.constexpr,
+    CUT: tl.constexpr, SPLITS: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr,
+    STAGES: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_TILE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, QUANTIZED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if not FUSED:
         start_after_previous(OVERLAP)
-    split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     d = tl.arange(0, DIM)[None, :]
-    context = tl.load(context_ptr + row).to(tl.int32)
-    length = split_length(context, SPLITS, TILE)
-    start = split * length
-    past = context - 1 if FUSED else context  # tokens to read from the cache
-    stop = tl.minimum(start + length, past)
+    kv_head, part = tl.program_id(0), tl.program_id(1)
+    row, start, stop, first_part, used = part_of(parts_ptr, context_ptr, part, SPLITS, TILE, CUT)
+    owns = (part - first_part == used - 1) & (stop > start)  # the new token, which is not read from the cache
+    if FUSED:
+        stop -= owns.to(tl.int32)
     table_ptr += row * table_stride
     lane = tl.arange(0, TILE)
-    block = blocks_of(table_ptr, start + lane, stop, BLOCK_SIZE)
-    k, v, key_scale, key_zero, value_scale, value_zero = _tile(
-        key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, block, start + lane, stop, kv_head,
-        KV_HEADS, BLOCK_SIZE, DIM, QUANTIZED,
-    )  # fmt: skip
-    block = blocks_of(table_ptr, start + TILE + lane, stop, BLOCK_SIZE)
+    if STAGES == 1:
+        block = blocks_of(table_ptr, start + lane, stop, BLOCK_SIZE)
+        tile = _tile(
+            key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, block, start + lane, stop, kv_head,
+            KV_HEADS, BLOCK_SIZE, DIM, QUANTIZED,
+        )  # fmt: skip
+        block = blocks_of(table_ptr, start + TILE + lane, stop, BLOCK_SIZE)
     cos, sin = 0.0, 0.0
     if FUSED:
         cos, sin = tl.load(cos_ptr + row * DIM + d), tl.load(sin_ptr + row * DIM + d)
         start_after_previous(OVERLAP)
-    if start < context or SPLITS == 1:
+    if part - first_part < used:
         q, top, mine, new_v = group_query(
             q_ptr, query_scale_ptr, q_norm_ptr, k_norm_ptr, slots_ptr, centre_ptr,
             key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, cos, sin, eps, scale, row, kv_head,
-            (past >= start) & (past < start + length),
+            owns,
             FUSED, HAS_SCALE, HAS_NORM, HAS_CENTRE, DIM, HEADS, KV_HEADS, GROUP, GROUP_TILE, QUANTIZED,
         )  # fmt: skip
         total = tl.zeros([GROUP_TILE], tl.float32) + mine
         acc = tl.zeros([GROUP_TILE, DIM], tl.float32) + mine * new_v
         q_dot = q.to(q_ptr.dtype.element_ty)
-        for first in range(start, stop, TILE):
-            token = first + lane
-            here = token < stop
-            next_tile = _tile(
-                key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, block, token + TILE, stop, kv_head,
-                KV_HEADS, BLOCK_SIZE, DIM, QUANTIZED,
-            )  # fmt: skip
-            block = blocks_of(table_ptr, token + 2 * TILE, stop, BLOCK_SIZE)
-            dtype = q_ptr.dtype.element_ty
-            if QUANTIZED:
-                k_dot = ((k.to(tl.float32) - key_zero[:, None]) * key_scale[:, None]).to(dtype)
-                v_dot = ((v.to(tl.float32) - value_zero[:, None]) * value_scale[:, None]).to(dtype)
-            else:
-                k_dot, v_dot = k.to(dtype), v.to(dtype)
-            points = tl.dot(q_dot, tl.trans(k_dot), input_precision="ieee") * scale
-            points = tl.where(here[None, :], points, -1e30)
-            new_top = tl.maximum(top, tl.max(points, axis=1))
-            shrink = tl.exp2(top - new_top)
-            p = tl.exp2(points - new_top[:, None])
-            total = total * shrink + tl.sum(p, axis=1)
-            acc = tl.dot(p.to(dtype), v_dot, acc * shrink[:, None], input_precision="ieee")
-            top = new_top
-            k, v, key_scale, key_zero, value_scale, value_zero = next_tile
+        state = (top, total, acc)
+        if STAGES == 1:
+            for first in range(start, stop, TILE):
+                token = first + lane
+                next_tile = _tile(
+                    key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, block, token + TILE, stop, kv_head,
+                    KV_HEADS, BLOCK_SIZE, DIM, QUANTIZED,
+                )  # fmt: skip
+                block = blocks_of(table_ptr, token + 2 * TILE, stop, BLOCK_SIZE)
+                state = _absorb(state, q_dot, tile, token < stop, scale, QUANTIZED)
+                tile = next_tile
+        else:
+            for first in tl.range(start, stop, TILE, num_stages=STAGES):
+                token = first + lane
+                tile = _tile(
+                    key_ptr, value_ptr, key_affine_ptr, value_affine_ptr,
+                    blocks_of(table_ptr, token, stop, BLOCK_SIZE), token, stop, kv_head,
+                    KV_HEADS, BLOCK_SIZE, DIM, QUANTIZED,
+                )  # fmt: skip
+                state = _absorb(state, q_dot, tile, token < stop, scale, QUANTIZED)
+        top, total, acc = state
         member = tl.arange(0, GROUP_TILE)
-        place = (row * HEADS + kv_head * GROUP + member) * SPLITS + split
+        real = (member < GROUP)[:, None] & (d < DIM)
         result = acc / tl.maximum(total, 1e-30)[:, None]
-        lse = top + tl.log2(total)
-        out = partial_ptr + place.to(tl.int64)[:, None] * DIM + d
-        tl.store(out, result.to(partial_ptr.dtype.element_ty), mask=(member < GROUP)[:, None] & (d < DIM))
-        if SPLITS > 1:
-            tl.store(lse_ptr + place, lse, mask=member < GROUP)
-
-
-@triton.jit
-def _merge(
-    partial_ptr, lse_ptr, context_ptr, out_ptr,
-    SPLITS: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr, HEADS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
-    head, row = tl.program_id(0), tl.program_id(1)
-    context = tl.load(context_ptr + row).to(tl.int32)
-    used = tl.cdiv(context, tl.maximum(split_length(context, SPLITS, TILE), 1))
-    start_after_previous(OVERLAP)
-    merge_parts(partial_ptr, lse_ptr, out_ptr, row * HEADS + head, used, SPLITS, DIM, LANES)
+        head = kv_head * GROUP
+        if used == 1:
+            out = out_ptr + (row * HEADS + head + member).to(tl.int64)[:, None] * DIM + d
+            tl.store(out, result.to(out_ptr.dtype.element_ty), mask=real)
+        else:
+            place = (head + member).to(tl.int64) * splits + part
+            tl.store(partial_ptr + place[:, None] * DIM + d, result, mask=real)
+            tl.store(lse_ptr + place, top + tl.log2(total), mask=member < GROUP)

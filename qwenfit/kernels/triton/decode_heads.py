@@ -16,42 +16,8 @@ import triton.language as tl
 
 from qwenfit.kernels.triton.integers import dot_high, dot_low, low_bytes, second_bytes
 from qwenfit.kernels.triton.launch import after_loads, start_after_previous
-from qwenfit.kernels.triton.paged import blocks_of, scale_for, scale_of, split_length, zero_of
-
-ARRIVED_STRIDE = tl.constexpr(
-    8
-)  # int32 between the counters of two heads: atomics on one line of the cache wait for each other
-
-
-@triton.jit
-def merge_parts(
-    partial_ptr, lse_ptr, out_ptr, row_head, used, PARTS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr
-):
-    """The output of a head from those of its first `used` parts, always summed in the same order."""
-    AT_ONCE: tl.constexpr = min(PARTS, 64)
-    d = tl.arange(0, LANES)
-    place = row_head.to(tl.int64) * PARTS
-    partial = _partial(partial_ptr, place, 0, d, used, AT_ONCE, DIM)  # asked for before anything waits
-    part = tl.arange(0, PARTS)
-    lse = tl.load(lse_ptr + place + part, mask=part < used, other=-1e30, cache_modifier=".cg")
-    top = tl.max(lse, axis=0)
-    total = tl.sum(tl.where(part < used, tl.exp2(lse - top), 0.0), axis=0)
-    sums = tl.zeros([LANES], tl.float32)
-    for first in tl.static_range(0, PARTS, AT_ONCE):
-        if first > 0:
-            partial = _partial(partial_ptr, place, first, d, used, AT_ONCE, DIM)
-        part = first + tl.arange(0, AT_ONCE)
-        lse = tl.load(lse_ptr + place + part, mask=part < used, other=-1e30, cache_modifier=".cg")
-        sums += tl.sum(partial * tl.exp2(lse - top)[:, None], axis=0)
-    result = sums / tl.maximum(total, 1e-30)
-    tl.store(out_ptr + row_head * DIM + d, result.to(out_ptr.dtype.element_ty), mask=d < DIM)
-
-
-@triton.jit
-def _partial(partial_ptr, place, first, d, used, AT_ONCE: tl.constexpr, DIM: tl.constexpr):
-    part = first + tl.arange(0, AT_ONCE)
-    some = (part < used)[:, None] & (d < DIM)[None, :]
-    return tl.load(partial_ptr + (place + part)[:, None] * DIM + d[None, :], mask=some, other=0.0, cache_modifier=".cg")
+from qwenfit.kernels.triton.paged import blocks_of, scale_for, scale_of, zero_of
+from qwenfit.kernels.triton.parts import is_last_to_arrive, merge_parts, part_of
 
 
 @triton.jit
@@ -263,28 +229,28 @@ def _query(pieces, scale, PIECE: tl.constexpr, QUANTIZED: tl.constexpr, INTERPRE
         return (pieces[0] * scale,)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _attend_heads(
     q_ptr, cos_ptr, sin_ptr, query_scale_ptr, q_norm_ptr, k_norm_ptr, slots_ptr, centre_ptr,
-    key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, table_ptr, context_ptr,
+    key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, table_ptr, context_ptr, parts_ptr,
     partial_ptr, lse_ptr, arrived_ptr, out_ptr,
-    scale, eps, table_stride, nought,
+    scale, eps, table_stride, splits, nought,
     FUSED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_CENTRE: tl.constexpr,
-    SPLITS: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr,
-    ROUNDS: tl.constexpr, TOKENS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, PIECE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, QUANTIZED: tl.constexpr, INTERPRETED: tl.constexpr, OVERLAP: tl.constexpr,
+    CUT: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr,
+    HEADS: tl.constexpr, ROUNDS: tl.constexpr, TOKENS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    PIECE: tl.constexpr, BLOCK_SIZE: tl.constexpr, QUANTIZED: tl.constexpr, INTERPRETED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if not FUSED:
         start_after_previous(OVERLAP)
     TILE: tl.constexpr = ROUNDS * TOKENS
     ELEMENTS: tl.constexpr = VECTOR // 4 if QUANTIZED else VECTOR  # words or numbers of a lane
     ROW: tl.constexpr = DIM // 4 if QUANTIZED else DIM
-    split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    context = tl.load(context_ptr + row).to(tl.int32)
-    length = split_length(context, SPLITS, TILE)
-    start = split * length
-    past = context - 1 if FUSED else context  # tokens to read from the cache
-    stop = tl.minimum(start + length, past)
+    head, part = tl.program_id(0), tl.program_id(1)
+    row, start, stop, first_part, used = part_of(parts_ptr, context_ptr, part, SPLITS, TILE, CUT)
+    owns = (part - first_part == used - 1) & (stop > start)  # the new token, which is not read from the cache
+    if FUSED:
+        stop -= owns.to(tl.int32)
     table_ptr += row * table_stride
     within = tl.arange(0, TOKENS)[None, :, None, None]
     lane = tl.arange(0, LANES)[:, None, None, None]
@@ -309,7 +275,7 @@ def _attend_heads(
         turned = (cos, sin)
         slot = tl.load(slots_ptr + row).to(tl.int64)
         start_after_previous(OVERLAP)
-    if start < context or split == 0:
+    if part - first_part < used:
         dtype = q_ptr.dtype.element_ty
         base = q_ptr + (row.to(tl.int64) * (3 * HEADS if FUSED else HEADS) + head) * DIM
         pieces = _head(base, q_norm_ptr, turned, d, eps, DIM, HAS_NORM, FUSED)
@@ -329,7 +295,7 @@ def _attend_heads(
             acc = acc + (tl.zeros([LANES, TOKENS, 1, ELEMENTS], tl.float32),)  # noqa: RUF005
         state = (top, total, weights, offsets, acc)
         if FUSED:  # noqa: SIM102 (one is known as the kernel is compiled, the other is not)
-            if (past >= start) & (past < start + length):  # the new token is in this part
+            if owns:
                 new_k = _head(base + HEADS * DIM, k_norm_ptr, turned, d, eps, DIM, HAS_NORM, True)
                 if HAS_CENTRE:
                     centred = ()
@@ -364,19 +330,19 @@ def _attend_heads(
             state = _absorb(state, query, k, key_affine, v, value_affine, here, origin, QUANTIZED, INTERPRETED)
             k, key_affine, v, value_affine, block = next_k, next_key_affine, next_v, next_value_affine, next_block
         _finish(
-            state, partial_ptr, lse_ptr, arrived_ptr, out_ptr, split, row * HEADS + head,
-            tl.cdiv(context, tl.maximum(length, 1)), SPLITS, PARTS, DIM, LANES, TOKENS, VECTOR, QUANTIZED,
+            state, partial_ptr, lse_ptr, arrived_ptr, out_ptr, part, first_part, used, row, head,
+            splits, SPLITS, MOST, PARTS, HEADS, DIM, LANES, TOKENS, VECTOR, QUANTIZED,
         )  # fmt: skip
 
 
 @triton.jit
 def _finish(
-    state, partial_ptr, lse_ptr, arrived_ptr, out_ptr, split, row_head, used,
-    SPLITS: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr, TOKENS: tl.constexpr,
-    VECTOR: tl.constexpr, QUANTIZED: tl.constexpr,
+    state, partial_ptr, lse_ptr, arrived_ptr, out_ptr, part, first_part, used, row, head, splits,
+    SPLITS: tl.constexpr, MOST: tl.constexpr, PARTS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+    LANES: tl.constexpr, TOKENS: tl.constexpr, VECTOR: tl.constexpr, QUANTIZED: tl.constexpr,
 ):  # fmt: skip
-    """Sum over the tokens and store. Where a sequence is split, each warp stores a part of its own, since waiting for
-    the others costs more than their bytes; and the program of a head that comes last merges them all.
+    """Sum over the tokens and store. Where sequences are in parts, each warp may store one of its own, since waiting
+    for the others costs more than their bytes; and the program of a head that comes last merges them all.
     """
     top, total, weights, offsets, acc = state
     if QUANTIZED:
@@ -395,15 +361,38 @@ def _finish(
     sums = tl.sum(x.reshape([LANES, PARTS, EACH, VECTOR]) * weight[:, :, :, None], axis=2)  # [LANES, PARTS, VECTOR]
     column = tl.arange(0, LANES)[:, None, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
     result = sums / tl.maximum(total_of_part, 1e-30)[:, :, None]
+    row_head = row * HEADS + head
     if SPLITS == 1:
-        part = tl.arange(0, PARTS)[None, :, None]
-        tl.store(out_ptr + row_head * DIM + column + part, result.to(out_ptr.dtype.element_ty), mask=column < DIM)
+        _store_head(result, out_ptr, row_head, column, DIM)
+    elif PARTS > 1:
+        _store_part(
+            result, highest, total_of_part, partial_ptr, lse_ptr, arrived_ptr, out_ptr, column, part, first_part, used,
+            row_head, head, splits, MOST, PARTS, DIM, LANES * VECTOR,
+        )  # fmt: skip
     else:
-        place = (row_head.to(tl.int64) * SPLITS + split) * PARTS + tl.arange(0, PARTS)[None, :]
-        tl.store(partial_ptr + place[:, :, None] * DIM + column, result, mask=column < DIM)
-        tl.store(lse_ptr + place, highest.reshape([1, PARTS]) + tl.log2(tl.maximum(total_of_part, 1e-30)))
-        tl.debug_barrier()  # all stores of this program come before the count says so
-        counter = arrived_ptr + row_head * ARRIVED_STRIDE
-        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") >= used - 1:
-            tl.store(counter, 0)
-            merge_parts(partial_ptr, lse_ptr, out_ptr, row_head, used * PARTS, SPLITS * PARTS, DIM, LANES * VECTOR)
+        if used == 1:
+            _store_head(result, out_ptr, row_head, column, DIM)
+        else:
+            _store_part(
+                result, highest, total_of_part, partial_ptr, lse_ptr, arrived_ptr, out_ptr, column, part, first_part,
+                used, row_head, head, splits, MOST, PARTS, DIM, LANES * VECTOR,
+            )  # fmt: skip
+
+
+@triton.jit
+def _store_head(result, out_ptr, row_head, column, DIM: tl.constexpr):
+    tl.store(out_ptr + row_head * DIM + column, result.to(out_ptr.dtype.element_ty), mask=column < DIM)
+
+
+@triton.jit
+def _store_part(
+    result, highest, total, partial_ptr, lse_ptr, arrived_ptr, out_ptr, column, part, first_part, used, row_head, head,
+    splits, MOST: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    place = (head.to(tl.int64) * splits + part) * PARTS + tl.arange(0, PARTS)[None, :]
+    tl.store(partial_ptr + place[:, :, None] * DIM + column, result, mask=column < DIM)
+    tl.store(lse_ptr + place, highest.reshape([1, PARTS]) + tl.log2(tl.maximum(total, 1e-30)))
+    if is_last_to_arrive(arrived_ptr, row_head, used):
+        first = (head * splits + first_part) * PARTS
+        AT_ONCE: tl.constexpr = min(MOST, 64 if PARTS > 1 else 16)
+        merge_parts(partial_ptr, lse_ptr, out_ptr, first, row_head, used * PARTS, MOST, AT_ONCE, DIM, LANES)

@@ -11,11 +11,6 @@ _CONSTANT = tl.constexpr(kv_quant.CONSTANT)
 
 
 @triton.jit
-def split_length(context, SPLITS: tl.constexpr, TILE: tl.constexpr):
-    return tl.cdiv(tl.cdiv(context, SPLITS), TILE) * TILE
-
-
-@triton.jit
 def blocks_of(table_ptr, token, stop, BLOCK_SIZE: tl.constexpr):
     """The blocks that hold tokens of a sequence, of any shape; to be loaded a tile before the tile itself."""
     return tl.load(table_ptr + token // BLOCK_SIZE, mask=token < stop, other=0)

@@ -16,7 +16,7 @@ import triton.language as tl
 from qwenfit.kernels.attention import LayerCache, RaggedStep, paged_attention_reference, write_kv
 from qwenfit.kernels.norm import rms_norm
 from qwenfit.kernels.rotary import rotate
-from qwenfit.kernels.triton.decode_attention import NewTokens, decode_step_attention
+from qwenfit.kernels.triton.decode_attention import NewTokens, Parts, contexts_in_parts, decode_step_attention
 from qwenfit.kernels.triton.launch import options, start_after_previous
 from qwenfit.kernels.triton.paged import scale_for
 from qwenfit.kernels.triton.prompt_attention import Turn, prompt_attention, prompt_attention_reference
@@ -31,6 +31,7 @@ class RaggedPlan:
 
     singles: int  # so many sequences at the start bring one token each; those after them are the prompts
     single_contexts: torch.Tensor  # int64 [singles]
+    single_parts: Parts | None  # None: there are none
     block_tables: torch.Tensor  # int32 [sequences, max_blocks]
     query_lens: list[int]  # of the prompts
     context_lens: list[int]
@@ -40,8 +41,8 @@ class RaggedPlan:
     padded: bool = False  # the one prompt may be shorter than query_lens says; query_starts holds its length
 
 
-def ragged_plan(step: RaggedStep) -> RaggedPlan:
-    """Derive the plan of a step; the host waits for nothing."""
+def ragged_plan(step: RaggedStep, heads: int, cache: LayerCache) -> RaggedPlan:
+    """Derive the plan of a step for a model with so many heads and such a cache; the host waits for nothing."""
     device, size = step.slots.device, step.block_size
     singles = next((i for i, n in enumerate(step.query_lens) if n > 1), len(step.query_lens))
     queries, contexts = step.query_lens[singles:], step.context_lens[singles:]
@@ -55,8 +56,9 @@ def ragged_plan(step: RaggedStep) -> RaggedPlan:
         at = torch.arange(total, device=device) - context_starts[which]
         slots = step.block_tables[singles + which, at // size].long() * size + at % size
     single_contexts = _on_device(torch.tensor(step.context_lens[:singles], dtype=torch.int64), device)
+    parts = contexts_in_parts(single_contexts, heads, cache) if singles else None
     return RaggedPlan(
-        singles, single_contexts, step.block_tables, queries, contexts, query_starts, context_starts, slots
+        singles, single_contexts, parts, step.block_tables, queries, contexts, query_starts, context_starts, slots
     )
 
 
@@ -116,7 +118,8 @@ def _singles(qkv: torch.Tensor, new: NewTokens, cache: LayerCache, plan: RaggedP
     count = plan.singles
     query_scale = None if new.query_scale is None else new.query_scale[:count]
     new = replace(new, cos=new.cos[:count], sin=new.sin[:count], query_scale=query_scale, slots=new.slots[:count])
-    return decode_step_attention(qkv, new, cache, plan.block_tables, plan.single_contexts, scale)
+    contexts, tables = plan.single_contexts, plan.block_tables
+    return decode_step_attention(qkv, new, cache, tables, contexts, scale, parts=plan.single_parts)
 
 
 def _fastest(qkv: torch.Tensor, group: int, plan: RaggedPlan) -> dict[str, int] | None:

@@ -98,8 +98,8 @@ def _rule(kernel: str, shape: tuple[int, ...]) -> Config:
         return {"m": m, "rows": 64, "warps": 4, "stages": 2 if m == 64 else 4, "splits": splits}
     if kernel == "decode_heads":
         if rows >= 12 * _cores():  # heads; small programs leave less of the card idle at the end
-            return {"tokens": 32, "warps": 1} if shape[0] == 1 else {"tokens": 16, "warps": 2}
-        return {"tokens": 64 if shape[0] == 1 else 32, "warps": 4}
-    if shape[0] == 1:
-        return {"tokens": 64, "warps": 2}
-    return {"tokens": 64, "warps": 4} if rows < 128 else {"tokens": 32, "warps": 2}
+            return {"tokens": 32, "warps": 1} if shape[0] == 1 else {"tokens": 16, "warps": 2, "registers": 128}
+        return {"tokens": 64, "warps": 4} if shape[0] == 1 else {"tokens": 32, "warps": 4, "registers": 128}
+    if rows >= 128:  # where what is read before its turn is a small part, and room for more programs counts
+        return {"tokens": 64, "warps": 2, "stages": 5 if shape[0] == 1 else 3}
+    return {"tokens": 64, "warps": 2 if shape[0] == 1 else 4}
