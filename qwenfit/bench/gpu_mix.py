@@ -45,7 +45,7 @@ def mix(kv: str, bits: int | None = None, tokens: int | None = None) -> Figures:
     lengths = random.Random(0)
     sizes = [(lengths.randint(LOW, HIGH), lengths.randint(LOW, HIGH)) for _ in range(COUNT)]
     prompts = [prompt(n, config, i) for i, (n, _) in enumerate(sizes)]
-    waited, steps, times, brought = watch(llm)
+    waited, steps, times, brought, taken = watch(llm)
     began = time.perf_counter()
     outputs = llm.generate(prompts, [greedy(n) for _, n in sizes])
     seconds = time.perf_counter() - began
@@ -67,8 +67,12 @@ def mix(kv: str, bits: int | None = None, tokens: int | None = None) -> Figures:
         "mixed_steps": steps.count(False),
         "decode_s": sum(t for t, decodes in zip(lasted, steps, strict=True) if decodes),
         "slowest_steps": sorted(
-            ((round(1e3 * seconds, 1), index, brought[index]) for index, seconds in enumerate(lasted)), reverse=True
-        )[:16],  # milliseconds, which, and its tokens
+            (
+                (round(1e3 * seconds, 1), index, brought[index], *taken.get(index, (0.0, 0, 0)))
+                for index, seconds in enumerate(lasted)
+            ),
+            reverse=True,
+        )[:16],  # milliseconds, which, its tokens, milliseconds to launch it, and allocations meanwhile as in `watch`
         "mixed_s": sum(t for t, decodes in zip(lasted, steps, strict=True) if not decodes),
         "preemptions": llm.engine.scheduler.num_preemptions,
         "allocated": torch.cuda.max_memory_allocated() if GPU else 0,
@@ -150,15 +154,20 @@ def engine_of(kv: str, bits: int | None, cached: int, name: str = "Qwen-7B") -> 
     return llm
 
 
-def watch(llm: LLM) -> tuple[list[float], list[bool], list[float], list[int]]:
+def watch(
+    llm: LLM,
+) -> tuple[list[float], list[bool], list[float], list[int], dict[int, tuple[float, int, int]]]:
     """Seconds that the host waits for each step, whether a step only decodes, when it begins, and its tokens.
 
-    All fill as the engine runs. A host that never waits is what binds.
+    For steps with prompts also: milliseconds to launch it, and how often that took more of the device's memory and of
+    pinned memory from the system, for either of which the device may have to stop. All fill as the engine runs. A host
+    that never waits is what binds.
     """
     waited: list[float] = []
     steps: list[bool] = []
     times: list[float] = []
     tokens: list[int] = []
+    taken: dict[int, tuple[float, int, int]] = {}
     runner, sampler = llm.engine.runner, llm.engine.sampler
     run, choose = runner.run, sampler.choose
 
@@ -166,7 +175,15 @@ def watch(llm: LLM) -> tuple[list[float], list[bool], list[float], list[int]]:
         steps.append(all(request.scheduled == 1 for request in requests))
         times.append(time.perf_counter())
         tokens.append(sum(request.scheduled for request in requests))
-        return run(requests)
+        if steps[-1]:
+            return run(requests)
+        device, pinned = _allocations()
+        began = time.perf_counter()
+        made = run(requests)
+        lasted = 1e3 * (time.perf_counter() - began)
+        after = _allocations()
+        taken[len(steps) - 1] = (round(lasted, 1), after[0] - device, after[1] - pinned)
+        return made
 
     def timed(logits: Any, requests: Any, likeliest: Any = None) -> Chosen:
         chosen = choose(logits, requests, likeliest)
@@ -182,4 +199,11 @@ def watch(llm: LLM) -> tuple[list[float], list[bool], list[float], list[int]]:
         return chosen
 
     runner.run, sampler.choose = counted, timed  # type: ignore[method-assign]
-    return waited, steps, times, tokens
+    return waited, steps, times, tokens, taken
+
+
+def _allocations() -> tuple[int, int]:
+    """How often memory of the device and pinned memory were taken from the system."""
+    if not GPU:
+        return 0, 0
+    return torch.cuda.memory_stats().get("num_device_alloc", 0), torch.cuda.host_memory_stats().get("num_host_alloc", 0)
