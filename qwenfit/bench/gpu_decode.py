@@ -51,6 +51,7 @@ RUNS = [  # model, precision of the layers, KV cache, tokens in the cache at the
     ("Qwen-72B", "int4", "bf16", 0, 512, 1),
     ("Qwen-7B", "bf16", "bf16", 960, 64, 64),
     ("Qwen-7B", "bf16", "int8", 960, 64, 128),
+    *(("Qwen2.5-7B", "int4", kv, 960, 64, count) for count in (1, 2, 16, 64, 256) for kv in ("bf16", "int8")),
 ]
 CHECKS = [  # precision of the layers, KV cache, model
     ("bf16", "bf16", "Qwen-7B"),
