@@ -60,8 +60,13 @@ class Parts:
     """How the attention of a step, in every layer, takes its contexts."""
 
     wanted: int  # that one sequence has at most
+    stored: int  # by a program, of its one
     table: torch.Tensor | None  # of `cut`; None: one sequence
-    arrived: torch.Tensor | None  # of `arrival_counters`, used by one stream at a time; None: heads share keys
+    arrived: torch.Tensor | None  # of `arrival_counters`; None: heads share keys
+    partial: torch.Tensor | None  # float32 [heads, parts, head_dim]; None: there is one part
+    lse: torch.Tensor | None  # float32 [heads, parts]
+
+    # The tensors but the table are written to by every layer, so they are for one stream at a time.
 
 
 def contexts_in_parts(
@@ -75,12 +80,20 @@ def contexts_in_parts(
     """The parts of contexts [B] for attention by `config`, some `splits` of a sequence or as many as the card has room
     for. arrived: counters, if there are any already.
     """
-    batch = len(context_lens)
+    batch, device, (kv_heads, head_dim) = len(context_lens), context_lens.device, cache.key.shape[2:]
     config = config or _config(heads, cache, batch)
     wanted = splits * batch if splits else _wanted(config, batch, heads, cache)
-    if arrived is None and heads == cache.key.shape[2]:
-        arrived = arrival_counters(batch * heads, context_lens.device)
-    return Parts(wanted, None if batch == 1 else cut(context_lens, wanted, config["tokens"]), arrived)
+    stored = 1
+    if heads == kv_heads and wanted >= 2 * batch:
+        stored = min(config["warps"], _tokens_at_once(config, cache))
+    if arrived is None and heads == kv_heads:
+        arrived = arrival_counters(batch * heads, device)
+    table = None if batch == 1 else cut(context_lens, wanted, config["tokens"])
+    partial, lse, count = None, None, (wanted + batch - 1) * stored
+    if count > 1:
+        partial = torch.empty(heads, count, head_dim, dtype=torch.float32, device=device)
+        lse = torch.empty(heads, count, dtype=torch.float32, device=device)
+    return Parts(wanted, stored, table, arrived, partial, lse)
 
 
 def _config(heads: int, cache: LayerCache, batch: int) -> dict[str, int]:
@@ -164,7 +177,7 @@ def _run(
     parts: Parts | None,
 ) -> torch.Tensor:
     batch, head_dim = q.shape[0], q.shape[-1]
-    kv_heads, size = cache.key.shape[2], cache.key.element_size()
+    kv_heads = cache.key.shape[2]
     config = config or _config(heads, cache, batch)
     launch: dict[str, Any] = options(q) | {"num_warps": config["warps"]}
     if parts is None:
@@ -174,14 +187,7 @@ def _run(
     count = wanted if table is None else len(table)
     if out is None:
         out = torch.empty(batch, heads * head_dim, dtype=q.dtype, device=q.device)
-    vector = _vector(size, head_dim)
-    lanes = triton.next_power_of_2(head_dim // vector)
-    tokens = max(1, 32 * config["warps"] // lanes)  # that the threads of a program read at once, where heads are alone
-    each = min(config["warps"], tokens) if heads == kv_heads and wanted >= 2 * batch else 1  # parts a program stores
-    partial, lse = out, out
-    if count > 1:
-        partial = torch.empty(heads, count * each, head_dim, dtype=torch.float32, device=q.device)
-        lse = torch.empty(heads, count * each, dtype=torch.float32, device=q.device)
+    partial, lse = (out, out) if parts.partial is None or parts.lse is None else (parts.partial, parts.lse)
     q_norm, k_norm = (new.head_norms if new else None) or (None, None)
     operands = (
         q, new and new.cos, new and new.sin, new and new.query_scale, q_norm, k_norm, new and new.slots,
@@ -206,10 +212,12 @@ def _run(
     if heads == kv_heads:
         if "registers" in config and not INTERPRETED:
             shared["maxnreg"] = config["registers"]
+        tokens, vector = _tokens_at_once(config, cache), _vector(cache)
         _attend_heads[grid](
             *operands, *(words or (cache.key, cache.value, None, None)), *contexts, parts.arrived, out, *numbers, 0,
-            MOST=triton.next_power_of_2(wanted) * each, PARTS=each, ROUNDS=max(1, config["tokens"] // tokens),
-            TOKENS=tokens, LANES=lanes, VECTOR=vector, PIECE=min(8, vector), INTERPRETED=INTERPRETED, **shared,
+            MOST=triton.next_power_of_2(wanted) * parts.stored, PARTS=parts.stored,
+            ROUNDS=max(1, config["tokens"] // tokens), TOKENS=tokens, LANES=_lanes(cache), VECTOR=vector,
+            PIECE=min(8, vector), INTERPRETED=INTERPRETED, **shared,
         )  # fmt: skip
         return out
     group = heads // kv_heads
@@ -224,14 +232,24 @@ def _run(
         )
     else:  # bytes made floats take the shared memory that more stages need
         _attend_groups[grid](*operands, *stored, *contexts, out, *numbers, STAGES=1 if quantized else stages, **shared)
-    if count > 1:
+    if parts.partial is not None:
         merge(partial, lse, out, context_lens, table, wanted, config["tokens"])
     return out
 
 
-def _vector(size: int, head_dim: int) -> int:
+def _vector(cache: LayerCache) -> int:
     """Numbers that a thread reads of a token: 16 bytes of them where head_dim is a multiple of that."""
-    return math.gcd(16 // size, head_dim)
+    return math.gcd(16 // cache.key.element_size(), cache.key.shape[3])
+
+
+def _lanes(cache: LayerCache) -> int:
+    """Threads that read a token, where heads are alone."""
+    return 1 << (cache.key.shape[3] // _vector(cache) - 1).bit_length()
+
+
+def _tokens_at_once(config: dict[str, int], cache: LayerCache) -> int:
+    """Tokens that the threads of a program read at once, where heads are alone."""
+    return max(1, 32 * config["warps"] // _lanes(cache))
 
 
 def arrival_counters(heads: int, device: torch.device) -> torch.Tensor:
