@@ -16,6 +16,7 @@ from qwenfit.model.prefill import run_layers
 from qwenfit.model.transformer import Transformer
 
 LENGTHS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, *range(1152, 2049, 128))
+USUAL = 256  # recorded at the start, to tell what others will take
 PADDED = 1024  # beyond, the device takes longer than the host, and a graph must not pad by more than a 32nd
 
 
@@ -62,6 +63,24 @@ class PromptGraphs:
         self._steps: dict[int, PromptStep] = {}
         self._recorded: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self.seconds: dict[int, float] = {}  # that the device takes for each length that is recorded
+
+    @torch.inference_mode()
+    def prepare(self, length: int = USUAL) -> None:
+        """Record the length of a prompt of so many tokens, which the cache keeps nothing of."""
+        size = self.size_for(length)
+        for _ in range(2):
+            if size is not None:
+                self.run(size, [0] * length, [-1] * length)
+
+    def expected(self, size: int) -> float | None:
+        """Seconds of the device for one of LENGTHS: no less than it will take. None: nothing is known."""
+        longer = [known for known in self.seconds if known >= size]
+        if longer:
+            return self.seconds[min(longer)]
+        if not self.seconds:
+            return None
+        longest = max(self.seconds)
+        return self.seconds[longest] * size / longest
 
     @staticmethod
     def size_for(length: int) -> int | None:

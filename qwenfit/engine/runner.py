@@ -155,6 +155,8 @@ class Runner:
                     return prefill(model, batch, self.cache, batch.logits_indices)
 
                 self._costs = Costs.measured(launch, self._graphs, self.cache)
+                if self.pads:
+                    self._prompts.prepare()
 
     def run(self, requests: list[Request]) -> tuple[Tensor | None, Tensor | None]:
         """Compute each request's scheduled tokens.
@@ -202,8 +204,9 @@ class Runner:
         size = self._prompt_size(prompts)
         if self._costs is None or self._prompts is None or size is None:
             return False
+        prompt = self._prompts.expected(size)
         context = sum(request.computed for request in decoding)
-        return self._costs.apart(len(decoding), context, self._prompts.seconds.get(size, 0.0))
+        return prompt is not None and self._costs.apart(len(decoding), context, prompt)
 
     def _prompt_size(self, requests: list[Request]) -> int | None:
         """The length of the recorded prompt that the requests are; None: there is none for them."""

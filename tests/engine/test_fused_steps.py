@@ -100,7 +100,7 @@ def test_a_prompt_that_comes_alone_is_padded_and_replayed(gpu, monkeypatch):
 
 @pytest.mark.parametrize("launching", [10.0, 0.0])
 def test_a_prompt_runs_apart_where_the_host_takes_longer(gpu, monkeypatch, launching):
-    """The others' step is then a replay, and the prompt's one of its own from the third of a length on."""
+    """The others' step is then a replay, and the prompt's one of its own."""
     monkeypatch.setattr(prompt_graphs, "LENGTHS", (8,))
     prompts = []
 
@@ -112,6 +112,8 @@ def test_a_prompt_runs_apart_where_the_host_takes_longer(gpu, monkeypatch, launc
     monkeypatch.setattr(PromptGraphs, "_record", record)
     engine = real_engine(*NETWORK, num_blocks=9, block_size=8, max_num_seqs=3, max_batched_tokens=16, lookahead=True)
     engine.runner._costs = Costs(launching, {2: 1.0, 4: 1.0}, 0.1)
+    engine.runner._prompts.prepare(7)
+    measured = prompts[0].replays
     params = [SamplingParams(max_tokens=count, temperature=0, ignore_eos=True) for count in (14, 3)]
     asked = [([7, 3], params[0])]
     ids = [engine.add(*asked[0])]
@@ -125,8 +127,15 @@ def test_a_prompt_runs_apart_where_the_host_takes_longer(gpu, monkeypatch, launc
     for request, (prompt, wanted) in zip(ids, asked, strict=True):
         tokens = [token for delta in deltas if delta.request_id == request for token in delta.token_ids]
         assert tokens == network_alone(prompt, wanted)
-    assert [graph.replays > 1 for graph in prompts] == ([True] if launching else [])
+    assert len(prompts) == 1 and prompts[0].replays - measured == (4 if launching else 1)  # the first comes alone
     assert_empty(engine)
+
+
+def test_what_a_prompt_will_take_is_told_from_those_recorded():
+    graphs = PromptGraphs(*NETWORK, None, torch.device("cpu"))
+    assert graphs.expected(256) is None
+    graphs.seconds = {64: 1.0, 256: 3.0}
+    assert [graphs.expected(size) for size in (64, 128, 256, 1024)] == [1.0, 3.0, 3.0, 12.0]
 
 
 def test_costs_weigh_the_host_against_both_parts():
