@@ -20,8 +20,8 @@ FEATURES = (
     *("amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2"),
 )
 
-# What a guest with few cores reads of its socket's bandwidth, for each core with all of them reading. Measured in three
-# guests: 16.5 GB/s a core (Zen 4, 2 cores), 8.5 (Zen 3, 2 cores), 5.8 (Emerald Rapids, 16 cores). An estimate is
+# What a guest with few cores reads of its socket's bandwidth, for each core with all of them reading. Measured in four
+# guests: 20 GB/s a core (Zen 5, 2 cores), 16.5 (Zen 4, 2), 8.5 (Zen 3, 2), 5.8 (Emerald Rapids, 16). An estimate is
 # within a factor of two of those; `measure_bandwidth` says better.
 CORE_BANDWIDTH = 10e9
 

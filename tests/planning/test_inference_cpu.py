@@ -27,6 +27,7 @@ from qwenfit.planning.types import Speed
 
 FOLDER = Path(__file__).parents[2] / "measurements"
 RECORDS = sorted(FOLDER.glob("decode-intel-*.json")) + sorted(FOLDER.glob("prefill-intel-*.json"))
+ZEN5 = sorted(FOLDER.glob("decode-amd-epyc-*-2026-11-30*.json"))
 OWN = get_stack("qwenfit")
 
 
@@ -37,8 +38,8 @@ def cores(name: str, count: int, bandwidth: float) -> Device:
 
 
 def planned(record: dict[str, Any]) -> Speed:
-    facts = record["facts"]
-    device = cores("Xeon Emerald Rapids", facts["threads"], facts["limits"]["read"])
+    facts, name = record["facts"], "EPYC 9005" if record["device"] == "AMD EPYC" else "Xeon Emerald Rapids"
+    device = replace(cores(name, facts["threads"], facts["limits"]["read"]), features=("avx512f",))
     task = Inference(prompt=facts["prompt"], generate=facts["generate"], batch=facts["batch"])
     return inference_speed(get_model(record["model"]), Hardware(device), task, record["precision"], OWN, "none")
 
@@ -61,6 +62,13 @@ def test_the_recorded_runs_are_met_in_the_middle() -> None:
     ratios = sorted(ratio(json.loads(path.read_text())) for path in RECORDS)
     assert len(ratios) >= 20
     assert 0.85 < ratios[len(ratios) // 2] < 1.25
+
+
+def test_decoding_on_zen_5_is_planned_at_what_two_of_its_cores_reached() -> None:
+    """Of 0.5B to 14B; a gap between layers that fits slower cores too makes the plan of the smallest the slowest."""
+    ratios = sorted(ratio(json.loads(path.read_text())) for path in ZEN5)
+    assert len(ratios) >= 12 and 0.9 < ratios[len(ratios) // 2] < 1.1
+    assert ratios[0] > 0.7 and ratios[-1] < 1.2
 
 
 def test_a_prompt_reads_and_multiplies_one_after_the_other() -> None:
