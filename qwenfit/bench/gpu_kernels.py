@@ -354,8 +354,8 @@ class Bench:
             last = lengths - 1
             slots.copy_(tables.gather(1, (last // size)[:, None])[:, 0].long() * size + last % size)
 
-        def step(cache: LayerCache, config: Config, parts: Parts) -> torch.Tensor:
-            return decode_step_attention(qkv, new, cache, tables, lengths, scale, out, None, config, parts)
+        def step(cache: LayerCache, parts: Parts) -> torch.Tensor:
+            return decode_step_attention(qkv, new, cache, tables, lengths, scale, out, parts=parts)
 
         def parts_for(config: Config) -> Parts:
             parts = contexts_in_parts(lengths, heads, caches[0], arrived, config)
@@ -365,7 +365,7 @@ class Bench:
         def run_at(context: int, config: Config) -> float:
             at(context)
             parts = parts_for(config)
-            return self.timer([partial(step, one, config, parts) for one in caches])
+            return self.timer([partial(step, one, parts) for one in caches])
 
         def run(config: Config) -> float:
             return sum(run_at(context, config) / size for context, size in zip(contexts, nbytes, strict=True))
@@ -384,7 +384,7 @@ class Bench:
             return
         at(max(contexts) - 3)
         out.fill_(torch.nan)
-        got = step(caches[0], config, parts_for(config))
+        got = step(caches[0], parts_for(config))
         q = rotary_cache_reference(qkv[:2], cos[:2], sin[:2], None, None, 1e-6, slots[:2], caches[0])
         wanted = decode_attention_reference(q, caches[0], tables, lengths[:2], scale)
         error = relative_error(got[:2], wanted)
@@ -392,14 +392,8 @@ class Bench:
             us = run_at(context, config)
             name = f"attention {'int8' if quantized else 'bf16'} {heads}"
             name += "" if kv_heads == heads else f"/{kv_heads}"
-            self.add(
-                name,
-                f"1 x {context}, {sequences - 1} x {SHORT}" if uneven else f"{sequences} x {context}",
-                us,
-                count_of_bytes,
-                error,
-                config,
-            )
+            lengths_of = f"1 x {context}, {sequences - 1} x {SHORT}" if uneven else f"{sequences} x {context}"
+            self.add(name, lengths_of, us, count_of_bytes, error, config)
 
     def record(self) -> dict[str, Any]:
         return record_head("gpu kernels") | {

@@ -65,12 +65,10 @@ class PromptGraphs:
         self.seconds: dict[int, float] = {}  # that the device takes for each length that is recorded
 
     @torch.inference_mode()
-    def prepare(self, length: int = USUAL) -> None:
-        """Record the length of a prompt of so many tokens, which the cache keeps nothing of."""
-        size = self.size_for(length)
+    def prepare(self, size: int = USUAL) -> None:
+        """Record one of LENGTHS, by a prompt that the cache keeps nothing of."""
         for _ in range(2):
-            if size is not None:
-                self.run(size, [0] * length, [-1] * length)
+            self.run(size, [0] * size, [-1] * size)
 
     def expected(self, size: int) -> float | None:
         """Seconds of the device for one of LENGTHS: no less than it will take. None: nothing is known."""

@@ -39,7 +39,8 @@ class DecodeStep:
         if batch > MATVEC_ROWS:
             self._hidden = torch.empty(batch, config.hidden_size, device=device)
         self._query_scale = torch.ones(batch, 1, 1, dtype=model.dtype, device=device)
-        self._arrived = arrival_counters(batch * config.num_heads, device)
+        alone = config.num_heads == config.num_kv_heads  # heads that share keys count nothing
+        self._arrived = arrival_counters(batch * config.num_heads, device) if alone else None
         self._training_length = config.training_length if config.use_logn_attn else None
 
     def set_alphas(self, alphas: Sequence[float]) -> None:

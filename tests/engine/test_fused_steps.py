@@ -112,7 +112,7 @@ def test_a_prompt_runs_apart_where_the_host_takes_longer(gpu, monkeypatch, launc
     monkeypatch.setattr(PromptGraphs, "_record", record)
     engine = real_engine(*NETWORK, num_blocks=9, block_size=8, max_num_seqs=3, max_batched_tokens=16, lookahead=True)
     engine.runner._costs = Costs(launching, {2: 1.0, 4: 1.0}, 0.1)
-    engine.runner._prompts.prepare(7)
+    engine.runner._prompts.prepare(8)
     measured = prompts[0].replays
     params = [SamplingParams(max_tokens=count, temperature=0, ignore_eos=True) for count in (14, 3)]
     asked = [([7, 3], params[0])]

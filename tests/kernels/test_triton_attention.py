@@ -219,7 +219,7 @@ def test_the_newest_token_joins_its_sequence(
     out = poisoned(4, heads * dim)
     new = NewTokens(cos, sin, scale, head_norms, 1e-6, slots)
     parts = contexts_in_parts(context, heads, ours, None, config, splits)
-    decode_step_attention(qkv, new, ours, tables, context, 0.3, out=out, config=config, parts=parts)
+    decode_step_attention(qkv, new, ours, tables, context, 0.3, out=out, parts=parts)
     assert parts.arrived is None or not parts.arrived.any()  # ready for the next layer
     q = rotary_cache_reference(qkv, cos, sin, scale, head_norms, 1e-6, slots, theirs)
     reference = decode_attention_reference(q, theirs, tables, context, 0.3)

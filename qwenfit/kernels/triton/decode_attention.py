@@ -59,14 +59,14 @@ def decode_attention_reference(
 class Parts:
     """How the attention of a step, in every layer, takes its contexts."""
 
+    config: dict[str, int]
     wanted: int  # that one sequence has at most
     stored: int  # by a program, of its one
     table: torch.Tensor | None  # of `cut`; None: one sequence
-    arrived: torch.Tensor | None  # of `arrival_counters`; None: heads share keys
-    partial: torch.Tensor | None  # float32 [heads, parts, head_dim]; None: there is one part
-    lse: torch.Tensor | None  # float32 [heads, parts]
 
-    # The tensors but the table are written to by every layer, so they are for one stream at a time.
+    # Every layer writes to these, so they are for one stream at a time.
+    arrived: torch.Tensor | None  # of `arrival_counters`; None: heads share keys
+    results: tuple[torch.Tensor, torch.Tensor] | None  # `partial` and `lse` as `merge` takes them; None: one part
 
 
 def contexts_in_parts(
@@ -89,11 +89,11 @@ def contexts_in_parts(
     if arrived is None and heads == kv_heads:
         arrived = arrival_counters(batch * heads, device)
     table = None if batch == 1 else cut(context_lens, wanted, config["tokens"])
-    partial, lse, count = None, None, (wanted + batch - 1) * stored
+    results, count = None, (wanted + batch - 1) * stored
     if count > 1:
         partial = torch.empty(heads, count, head_dim, dtype=torch.float32, device=device)
-        lse = torch.empty(heads, count, dtype=torch.float32, device=device)
-    return Parts(wanted, stored, table, arrived, partial, lse)
+        results = partial, torch.empty(heads, count, dtype=torch.float32, device=device)
+    return Parts(config, wanted, stored, table, arrived, results)
 
 
 def _config(heads: int, cache: LayerCache, batch: int) -> dict[str, int]:
@@ -124,7 +124,10 @@ def decode_attention(
     splits: int | None = None,
     config: dict[str, int] | None = None,
 ) -> torch.Tensor:
-    """`decode_attention_reference` in up to three kernels. q is contiguous."""
+    """`decode_attention_reference` in up to three kernels. q is contiguous.
+
+    head_dim is a power of two where heads share keys.
+    """
     return _run(q, q.shape[1], None, cache, block_tables, context_lens, scale, out, splits, config, None)
 
 
@@ -157,7 +160,7 @@ def decode_step_attention(
 
     qkv [B, heads + 2 kv_heads, head_dim] as projected. The part of a sequence that ends in the new token takes its key
     and value from qkv and writes them to the cache; the tokens before are read while qkv is still being computed.
-    parts: of `contexts_in_parts`, which is not to be the last thing before this.
+    parts: of `contexts_in_parts`, which is not to be the last thing before this; in place of splits and config.
     """
     heads = qkv.shape[1] - 2 * cache.key.shape[2]
     return _run(qkv, heads, new, cache, block_tables, context_lens, scale, out, splits, config, parts)
@@ -178,16 +181,15 @@ def _run(
 ) -> torch.Tensor:
     batch, head_dim = q.shape[0], q.shape[-1]
     kv_heads = cache.key.shape[2]
-    config = config or _config(heads, cache, batch)
-    launch: dict[str, Any] = options(q) | {"num_warps": config["warps"]}
+    launch = options(q)
     if parts is None:
         parts = contexts_in_parts(context_lens, heads, cache, None, config, splits)
-        launch = {"num_warps": config["warps"], "OVERLAP": False}  # it begins by reading what was just written
-    table, wanted = parts.table, parts.wanted
+        launch = {"OVERLAP": False}  # it begins by reading what was just written
+    config, table, wanted = parts.config, parts.table, parts.wanted
     count = wanted if table is None else len(table)
     if out is None:
         out = torch.empty(batch, heads * head_dim, dtype=q.dtype, device=q.device)
-    partial, lse = (out, out) if parts.partial is None or parts.lse is None else (parts.partial, parts.lse)
+    partial, lse = parts.results or (out, out)
     q_norm, k_norm = (new.head_norms if new else None) or (None, None)
     operands = (
         q, new and new.cos, new and new.sin, new and new.query_scale, q_norm, k_norm, new and new.slots,
@@ -198,7 +200,7 @@ def _run(
         FUSED=new is not None, HAS_SCALE=new is not None and new.query_scale is not None, HAS_NORM=q_norm is not None,
         HAS_CENTRE=new is not None and new.key_centre is not None, CUT=table is not None,
         SPLITS=count if table is None else 0, DIM=head_dim, HEADS=heads, BLOCK_SIZE=cache.key.shape[1],
-        QUANTIZED=quantized, **launch,
+        QUANTIZED=quantized, num_warps=config["warps"], **launch,
     )  # fmt: skip
     numbers = (scale * 1.4426950408889634, new.eps if new else 0.0, block_tables.stride(0), count)
     contexts = (block_tables, context_lens, table, partial, lse)
@@ -232,7 +234,7 @@ def _run(
         )
     else:  # bytes made floats take the shared memory that more stages need
         _attend_groups[grid](*operands, *stored, *contexts, out, *numbers, STAGES=1 if quantized else stages, **shared)
-    if parts.partial is not None:
+    if parts.results is not None:
         merge(partial, lse, out, context_lens, table, wanted, config["tokens"])
     return out
 

@@ -331,15 +331,15 @@ def _attend_heads(
             k, key_affine, v, value_affine, block = next_k, next_key_affine, next_v, next_value_affine, next_block
         _finish(
             state, partial_ptr, lse_ptr, arrived_ptr, out_ptr, part, first_part, used, row, head,
-            splits, SPLITS, MOST, PARTS, HEADS, DIM, LANES, TOKENS, VECTOR, QUANTIZED,
+            splits, MOST, PARTS, HEADS, DIM, LANES, TOKENS, VECTOR, QUANTIZED,
         )  # fmt: skip
 
 
 @triton.jit
 def _finish(
     state, partial_ptr, lse_ptr, arrived_ptr, out_ptr, part, first_part, used, row, head, splits,
-    SPLITS: tl.constexpr, MOST: tl.constexpr, PARTS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
-    LANES: tl.constexpr, TOKENS: tl.constexpr, VECTOR: tl.constexpr, QUANTIZED: tl.constexpr,
+    MOST: tl.constexpr, PARTS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr,
+    TOKENS: tl.constexpr, VECTOR: tl.constexpr, QUANTIZED: tl.constexpr,
 ):  # fmt: skip
     """Sum over the tokens and store. Where sequences are in parts, each warp may store one of its own, since waiting
     for the others costs more than their bytes; and the program of a head that comes last merges them all.
@@ -362,33 +362,23 @@ def _finish(
     column = tl.arange(0, LANES)[:, None, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
     result = sums / tl.maximum(total_of_part, 1e-30)[:, :, None]
     row_head = row * HEADS + head
-    if SPLITS == 1:
-        _store_head(result, out_ptr, row_head, column, DIM)
-    elif PARTS > 1:
-        _store_part(
-            result, highest, total_of_part, partial_ptr, lse_ptr, arrived_ptr, out_ptr, column, part, first_part, used,
-            row_head, head, splits, MOST, PARTS, DIM, LANES * VECTOR,
-        )  # fmt: skip
+    where, pointers = (part, first_part, used, row_head, head, splits), (partial_ptr, lse_ptr, arrived_ptr, out_ptr)
+    if PARTS > 1:
+        _store_part(result, highest, total_of_part, column, where, pointers, MOST, PARTS, DIM, LANES * VECTOR)
     else:
         if used == 1:
-            _store_head(result, out_ptr, row_head, column, DIM)
+            tl.store(out_ptr + row_head * DIM + column, result.to(out_ptr.dtype.element_ty), mask=column < DIM)
         else:
-            _store_part(
-                result, highest, total_of_part, partial_ptr, lse_ptr, arrived_ptr, out_ptr, column, part, first_part,
-                used, row_head, head, splits, MOST, PARTS, DIM, LANES * VECTOR,
-            )  # fmt: skip
-
-
-@triton.jit
-def _store_head(result, out_ptr, row_head, column, DIM: tl.constexpr):
-    tl.store(out_ptr + row_head * DIM + column, result.to(out_ptr.dtype.element_ty), mask=column < DIM)
+            _store_part(result, highest, total_of_part, column, where, pointers, MOST, PARTS, DIM, LANES * VECTOR)
 
 
 @triton.jit
 def _store_part(
-    result, highest, total, partial_ptr, lse_ptr, arrived_ptr, out_ptr, column, part, first_part, used, row_head, head,
-    splits, MOST: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr,
+    result, highest, total, column, where, pointers,
+    MOST: tl.constexpr, PARTS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
+    part, first_part, used, row_head, head, splits = where
+    partial_ptr, lse_ptr, arrived_ptr, out_ptr = pointers
     place = (head.to(tl.int64) * splits + part) * PARTS + tl.arange(0, PARTS)[None, :]
     tl.store(partial_ptr + place[:, :, None] * DIM + column, result, mask=column < DIM)
     tl.store(lse_ptr + place, highest.reshape([1, PARTS]) + tl.log2(tl.maximum(total, 1e-30)))
