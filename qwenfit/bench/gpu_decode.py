@@ -51,16 +51,19 @@ RUNS = [  # model, precision of the layers, KV cache, tokens in the cache at the
     ("Qwen-72B", "int4", "bf16", 0, 512, 1),
     ("Qwen-7B", "bf16", "bf16", 960, 64, 64),
     ("Qwen-7B", "bf16", "int8", 960, 64, 128),
-    *(("Qwen2.5-7B", "int4", kv, 960, 64, count) for count in (1, 2, 16, 64, 256) for kv in ("bf16", "int8")),
+    *((name, "int4", "bf16", 960, 64, count) for name in ("Qwen-7B", "Qwen-1.8B") for count in (4, 8)),
+    *(("Qwen2.5-7B", "int4", kv, 960, 64, count) for count in (1, 2, 4, 8, 16, 64, 256) for kv in ("bf16", "int8")),
 ]
-CHECKS = [  # precision of the layers, KV cache, model
-    ("bf16", "bf16", "Qwen-7B"),
-    ("int8", "bf16", "Qwen-7B"),
-    ("int4", "bf16", "Qwen-7B"),
-    ("bf16", "int8", "Qwen-7B"),
-    ("bf16", "bf16", "Qwen2.5-7B"),
-    ("bf16", "int8", "Qwen2.5-7B"),
-    ("int4", "bf16", "Qwen3-8B"),
+CHECKS = [  # precision of the layers, KV cache, model, sequences
+    ("bf16", "bf16", "Qwen-7B", 1),
+    ("int8", "bf16", "Qwen-7B", 1),
+    ("int4", "bf16", "Qwen-7B", 1),
+    ("bf16", "int8", "Qwen-7B", 1),
+    ("bf16", "bf16", "Qwen2.5-7B", 1),
+    ("bf16", "int8", "Qwen2.5-7B", 1),
+    ("int4", "bf16", "Qwen3-8B", 1),
+    *(("int4", "bf16", "Qwen-7B", count) for count in (3, 8)),
+    ("int4", "bf16", "Qwen2.5-7B", 5),
 ]
 WITHOUT = [(2, "early"), (4, "early")]  # index of RUNS, what it is run without
 LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
@@ -208,12 +211,15 @@ def profile(graph: torch.cuda.CUDAGraph) -> dict[str, list[float]]:
     return totals
 
 
-def check(precision: str, kv: str, name: str = "Qwen-7B", length: int = 24) -> dict[str, Any]:
-    """Relative error of the step's logits against the plain network in float32, over `length` positions of 2 layers."""
+def check(precision: str, kv: str, name: str = "Qwen-7B", count: int = 1, length: int = 24) -> dict[str, Any]:
+    """Relative error of the step's logits against the plain network in float32, over `length` positions of 2 layers.
+
+    With a bf16 cache of `count` sequences, else of one.
+    """
     config = replace(resolve_model(name), num_layers=2)
     model = random_model(config, precision)
-    ids = torch.randint(0, config.vocab_size, (1, length), device="cuda")
-    step = start(model, kv, 0, length, 1)
+    ids = torch.randint(0, config.vocab_size, (count, length), device="cuda")
+    step = start(model, kv, 0, length, count)
     rows = []
     for position in range(length):
         token = ids[:, position].contiguous()
@@ -221,10 +227,10 @@ def check(precision: str, kv: str, name: str = "Qwen-7B", length: int = 24) -> d
         rows.append(step.run().clone())
         advance(step.buffers, token, torch.zeros_like(token), BLOCK_SIZE)
     plain = in_float32(model, config)
-    got = torch.cat(rows)
-    result: dict[str, Any] = {"model": name, "precision": precision, "kv_cache": kv}
+    got = torch.stack(rows, 1).flatten(0, 1)
+    result: dict[str, Any] = {"model": name, "precision": precision, "kv_cache": kv, "sequences": count}
     with torch.inference_mode():
-        expected = plain.logits(plain.forward_full(ids))[0]
+        expected = plain.logits(plain.forward_full(ids)).flatten(0, 1)
         result |= compared(got, expected)
         if kv == "int8":
             stored = StoredContext(step.cache, step.buffers.block_tables[0], length)

@@ -14,6 +14,7 @@ KINDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # On a GPU, as measured on an H100 and an H200:
 MATVEC_ROWS = 4  # of activations with plain weights; above, the vendor's product wins
 INT_MATVEC_ROWS = 2  # with int4 and int8 weights; above, the tensor cores win
+INT_LANES_ROWS = 8  # with int4 weights; above, tiles in shared memory win
 INT_MATMUL_ROWS = 256  # above, unpacking a weight for the vendor's product costs less than it saves
 _ONEDNN_ROWS = 24  # from here on, unpacking to bf16 for oneDNN costs less than it saves
 
@@ -38,6 +39,10 @@ def choose_kernel(weight: str, dtype: torch.dtype, rows: int, device: str) -> Ke
             if device == "cuda" and not _triton_missing():
                 if rows <= INT_MATVEC_ROWS:
                     return KernelChoice("triton matvec", "few rows: codes are multiplied as integers, at memory speed")
+                if weight == "int4" and rows <= INT_LANES_ROWS:
+                    return KernelChoice(
+                        "triton lanes", "few rows: codes go from memory to the tensor cores, each lane's by itself"
+                    )
                 if rows <= INT_MATMUL_ROWS:
                     return KernelChoice(
                         "triton matmul", "some rows: codes go to the tensor cores, none is unpacked to memory"

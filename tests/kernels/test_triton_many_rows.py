@@ -12,6 +12,7 @@ from qwenfit.kernels.triton.bf16_matvec import bf16_matvec_reference
 from qwenfit.kernels.triton.dequantise import dequantised, dequantised_reference
 from qwenfit.kernels.triton.fused_norm import add_norm, add_norm_reference
 from qwenfit.kernels.triton.gate import silu_mul, silu_mul_reference
+from qwenfit.kernels.triton.int_lanes import int_lanes
 from qwenfit.kernels.triton.int_matmul import int_matmul, int_matmul_reference
 from qwenfit.kernels.triton.int_matvec import BlockedWeight, int_matvec_reference, pack_blocked
 from qwenfit.kernels.triton.product import mlp, product
@@ -137,3 +138,25 @@ def test_norm_with_a_residual(dtype: torch.dtype) -> None:
 def test_gate() -> None:
     gate_up = random(3, 2 * 1030)
     assert error(silu_mul(gate_up), silu_mul_reference(gate_up)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("out", "inputs", "group", "zeros", "rows", "gated", "config"),
+    [
+        (24, 512, 128, "middle", 8, False, {"tiles": 1, "warps": 1, "ahead": 2}),
+        (20, 700, 1024, "whole", 3, False, {"tiles": 2, "warps": 1, "ahead": 1}),
+        (36, 192, 64, "fractions", 5, True, {"tiles": 2, "warps": 2, "ahead": 2}),
+        (70, 256, 64, "middle", 7, True, {"tiles": 4, "warps": 1, "ahead": 3}),
+    ],
+    ids=str,
+)
+def test_few_rows_a_lane_at_a_time(
+    out: int, inputs: int, group: int, zeros: str, rows: int, gated: bool, config: dict[str, int]
+) -> None:
+    packed, outputs = packed_weight(4, out, inputs, group, zeros, permuted=True), out // 2 if gated else out
+    x, norm, bias, residual = random(rows, inputs), random(inputs), random(out), random(rows, outputs)
+    arranged = arrange(x, packed, norm, 1e-5, lanes=True)
+    y = int_lanes(arranged, packed, bias, residual, gated, torch.float32, poisoned(rows, outputs), config)
+    assert error(y, int_matvec_reference(x, packed, bias, residual, norm, 1e-5, gated)) < 1e-4
+    plain = int_lanes(arranged, packed, None, None, gated, torch.float32, poisoned(rows, outputs), config)
+    assert error(plain, int_matvec_reference(x, packed, None, None, norm, 1e-5, gated)) < 1e-4

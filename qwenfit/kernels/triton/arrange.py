@@ -24,13 +24,14 @@ _BLOCKS = 8  # of a program
 class Arranged:
     """x [rows, in] in stored order, padded to blocks: integers of 16 bits that share a unit in a block, or as it is."""
 
-    # int8 [2, rows, padded]: high bytes, then low ones, both signed; or [1, rows, padded] of the model's dtype
+    # int8 [2, rows, padded]: high bytes, then low ones, both signed; or [1, rows, padded] of the model's dtype; or as
+    # the lanes of a warp read it, int8 [blocks, 2, halves of bytes, 32 lanes, bytes]
     values: torch.Tensor
     units: torch.Tensor  # float32 [2, blocks, rows]: the unit (1 without integers), and the sum of the block's x
 
     @property
     def rows(self) -> int:
-        return self.values.shape[1]
+        return self.units.shape[2]
 
     @property
     def integers(self) -> bool:
@@ -81,17 +82,24 @@ def arrange(
     eps: float = 1e-6,
     gated: bool = False,
     integers: bool = True,
+    lanes: bool = False,
 ) -> Arranged:
-    """`arrange_reference` in one kernel; x is contiguous. Of `weight` only the layout counts."""
+    """`arrange_reference` in one kernel; x is contiguous. Of `weight` only the layout counts.
+
+    With `lanes` the integers of at most 8 rows stand as int_lanes.py reads them; what belongs to no row is anything.
+    """
     rows, blocks = x.shape[0], -(-weight.in_features // weight.block)
-    shape, dtype = (2 if integers else 1, rows, blocks * weight.block), torch.int8 if integers else _narrow(x, norm)
+    shape: tuple[int, ...] = (2 if integers else 1, rows, blocks * weight.block)
+    if lanes:
+        shape = (blocks, 2, 2, 32, weight.block // 8)
+    dtype = torch.int8 if integers else _narrow(x, norm)
     values = torch.empty(shape, dtype=dtype, device=x.device)
     units = torch.empty(2, blocks, rows, dtype=torch.float32, device=x.device)
     _arrange[(rows, triton.cdiv(blocks, _BLOCKS))](
         x, norm, weight.perm, values, units, rows, eps,
         IN=weight.in_features, BLOCKS=blocks, BLOCK=weight.block, BITS=weight.bits, LARGEST=LARGEST, TILE=_BLOCKS,
-        LANES=triton.next_power_of_2(weight.in_features), HAS_NORM=norm is not None,
-        HAS_PERM=weight.perm is not None, GATED=gated, INTEGERS=integers, num_warps=4, **options(x),
+        WIDTH=triton.next_power_of_2(weight.in_features), HAS_NORM=norm is not None,
+        HAS_PERM=weight.perm is not None, GATED=gated, INTEGERS=integers, LANES=lanes, num_warps=4, **options(x),
     )  # fmt: skip
     return Arranged(values, units)
 
@@ -105,8 +113,8 @@ def _narrow(x: torch.Tensor, norm: torch.Tensor | None) -> torch.dtype:
 def _arrange(
     x_ptr, norm_ptr, perm_ptr, value_ptr, unit_ptr, rows, eps,
     IN: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, LARGEST: tl.constexpr,
-    TILE: tl.constexpr, LANES: tl.constexpr, HAS_NORM: tl.constexpr, HAS_PERM: tl.constexpr, GATED: tl.constexpr,
-    INTEGERS: tl.constexpr, OVERLAP: tl.constexpr,
+    TILE: tl.constexpr, WIDTH: tl.constexpr, HAS_NORM: tl.constexpr, HAS_PERM: tl.constexpr, GATED: tl.constexpr,
+    INTEGERS: tl.constexpr, LANES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     ROUND: tl.constexpr = 12582912.0  # 1.5 * 2^23: added, a float's lowest bits are its nearest integer
     row = tl.program_id(0).to(tl.int64)
@@ -131,11 +139,16 @@ def _arrange(
     else:
         x = tl.load(x_ptr + row * IN + i, mask=inside, other=0.0).to(tl.float32)
     if HAS_NORM:
-        lane = tl.arange(0, LANES)
+        lane = tl.arange(0, WIDTH)
         whole = tl.load(x_ptr + row * IN + lane, mask=lane < IN, other=0.0).to(tl.float32)
         x = x * (weight * tl.rsqrt(tl.sum(whole * whole, axis=0) / IN + eps))
     here = block < BLOCKS
-    at = row * (BLOCKS * BLOCK) + block * BLOCK + place
+    at, plane = row * (BLOCKS * BLOCK) + block * BLOCK + place, rows.to(tl.int64) * (BLOCKS * BLOCK)
+    if LANES:
+        OWN: tl.constexpr = BLOCK // 8  # bytes of a lane in a row, of BLOCK / 2 of each half
+        byte = place % (4 * OWN)
+        at = (block * 4 + place // (4 * OWN)) * (4 * BLOCK) + (row * 4 + byte // OWN) * OWN + byte % OWN
+        plane = 8 * BLOCK
     if INTEGERS:
         top = tl.maximum(tl.max(tl.abs(x), axis=1, keep_dims=True), 1e-30)
         shifted = x * (LARGEST / top) + ROUND
@@ -143,7 +156,7 @@ def _arrange(
         low = ((integer + 128) & 255) - 128
         high = (integer - low) >> 8
         tl.store(value_ptr + at, high.to(tl.int8), mask=here)
-        tl.store(value_ptr + rows.to(tl.int64) * (BLOCKS * BLOCK) + at, low.to(tl.int8), mask=here)
+        tl.store(value_ptr + plane + at, low.to(tl.int8), mask=here)
         unit = top / LARGEST
         sums = tl.sum(shifted - ROUND, axis=1, keep_dims=True) * unit
     else:

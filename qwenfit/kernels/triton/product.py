@@ -7,12 +7,13 @@ from typing import TypeGuard
 import torch
 from torch.nn.functional import linear
 
-from qwenfit.kernels.choice import INT_MATMUL_ROWS, INT_MATVEC_ROWS, MATVEC_ROWS
+from qwenfit.kernels.choice import INT_LANES_ROWS, INT_MATMUL_ROWS, INT_MATVEC_ROWS, MATVEC_ROWS
 from qwenfit.kernels.triton import bf16_matvec, int_matvec
 from qwenfit.kernels.triton.arrange import Arranged, arrange
 from qwenfit.kernels.triton.dequantise import dequantised
 from qwenfit.kernels.triton.fused_norm import add_norm
 from qwenfit.kernels.triton.gate import silu_mul
+from qwenfit.kernels.triton.int_lanes import has_int_lanes, int_lanes
 from qwenfit.kernels.triton.int_matmul import has_int_matmul, int_matmul, prefers_integers
 from qwenfit.kernels.triton.int_matvec import BlockedWeight
 from qwenfit.kernels.wide import add_product, wide_product
@@ -42,6 +43,8 @@ def product(
         if rows <= INT_MATVEC_ROWS:
             y = x.new_empty(rows, weight.out_features // (2 if gated else 1), dtype=wanted)
             return int_matvec.int_matvec(x, weight, bias, residual, norm, eps, gated, y)
+        if _has_lanes(weight, x):
+            return int_lanes(arrange(x, weight, norm, eps, lanes=True), weight, bias, residual, gated, wanted, out)
         if _has_matmul(weight, x):
             y = int_matmul(_arranged(x, weight, norm, eps), weight, bias, residual, wanted)
             return silu_mul(y) if gated else y
@@ -64,7 +67,8 @@ def mlp(x: torch.Tensor, gate_up: Weight, down: Weight, norm: torch.Tensor, eps:
 
     x may be overwritten.
     """
-    if len(x) > INT_MATVEC_ROWS and _has_matmul(gate_up, x) and _has_matmul(down, x):
+    lanes = _has_lanes(gate_up, x)  # which apply the gate themselves
+    if len(x) > INT_MATVEC_ROWS and not lanes and _has_matmul(gate_up, x) and _has_matmul(down, x):
         both = int_matmul(_arranged(x, gate_up, norm, eps), gate_up, dtype=norm.dtype)
         return int_matmul(_arranged(both, down, gated=True), down, None, x, x.dtype)
     return product(product(x, gate_up, norm=norm, eps=eps, gated=True), down, residual=x)
@@ -85,6 +89,12 @@ def _arranged(
     x: torch.Tensor, weight: BlockedWeight, norm: torch.Tensor | None = None, eps: float = 1e-6, gated: bool = False
 ) -> Arranged:
     return arrange(x, weight, norm, eps, gated, prefers_integers(weight, len(x)))
+
+
+def _has_lanes(weight: Weight, x: torch.Tensor) -> TypeGuard[BlockedWeight]:
+    """Whether `int_lanes` takes the weight and so many rows."""
+    few = INT_MATVEC_ROWS < len(x) <= INT_LANES_ROWS
+    return few and isinstance(weight, BlockedWeight) and has_int_lanes(weight, x.device)
 
 
 def _has_matmul(weight: Weight, x: torch.Tensor) -> TypeGuard[BlockedWeight]:

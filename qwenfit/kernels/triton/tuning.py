@@ -89,6 +89,12 @@ def _rule(kernel: str, shape: tuple[int, ...]) -> Config:
         return {"rows": 8 if rows == 1 else 4 if rows <= 4 else 2, "words": words, "warps": warps, "programs": programs}
     if kernel == "bf16_matvec":
         return {"rows": 4 if rows <= 4 else 2, "columns": 1024, "warps": 4}
+    if kernel == "int_lanes":
+        tiles = 2 if shape[0] else 1
+        programs, warps = -(-shape[2] // (16 * tiles)), 2
+        while programs * warps < 7 * _cores() and warps < min(8, shape[1] // 512):
+            warps *= 2
+        return {"tiles": tiles, "warps": warps, "ahead": 3 - tiles}
     if kernel == "int_matmul":
         tiles = -(-shape[2] // 64)
         splits = next((n for n in (1, 2, 4) if n * tiles >= 3 * _cores()), 4)
