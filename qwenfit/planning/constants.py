@@ -229,9 +229,42 @@ _LIMIT = "measurements/rows-h200-*.json and gpu-decode-h200-5.json: what the sha
 _CPU = "measurements/decode-amd-epyc-*.json and compare-amd-epyc-*.json: 0.5B to 7B on two Zen 3 cores"
 _CPU_TILES = "measurements/prefill-*.json: 0.5B to 3B, 32 to 512 tokens, on two Emerald Rapids cores"
 _CPU_TRAIN = "one step of LoRA on Qwen2.5-0.5B, 256 tokens, bf16 and fp32, one core of Emerald Rapids, by its profile"
+_ROWS = "gpu-decode-h200-6 and -7 (steps of 2 to 256 sequences), gpu-matmul-h100 and -h200 (products alone)"
+# Bytes/s at which int4 and int8 weights are multiplied at most with so many requests at once, rounded up to a power of
+# two: a Hopper's cores bind, not its memory. Above 256 a weight is unpacked first.
+ROWS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
+_ROWS_LIMITS = {
+    "int4": (1.8e12, 2.1e12, 2.0e12, 1.45e12, 1.35e12, 0.8e12, 0.68e12, 0.385e12, 0.2e12),
+    "int8": (2.5e12, 3.0e12, 2.8e12, 2.7e12, 2.3e12, 1.65e12, 1.04e12, 0.58e12, 0.4e12),
+}
 MEASURED: dict[str, Constant] = {
     c.name: c
     for c in (
+        *(
+            Constant(
+                f"qwenfit_rows_{kind}_{rows}",
+                limit,
+                "bytes/s",
+                f"{kind} weights with {f'up to {rows}' if rows <= 256 else 'more than 256'} requests at once",
+                _ROWS,
+            )
+            for kind, limits in _ROWS_LIMITS.items()
+            for rows, limit in zip(ROWS, limits, strict=True)
+        ),
+        Constant(
+            "qwenfit_rows_gap",
+            20e-6,
+            "s per layer and step",
+            "arranging activations for int4 and int8 weights, from 3 requests on",
+            _ROWS,
+        ),
+        Constant(
+            "qwenfit_rows_speed_error",
+            0.25,
+            "relative",
+            "half-width of the speed interval of several requests with int4 or int8 weights",
+            "the same records: models' shapes differ by as much",
+        ),
         Constant("qwenfit_read_plain", 0.983, "of a plain read", "16-bit weights in a decode step", _DECODE),
         Constant(
             "qwenfit_read_plain_rows", 0.816, "of a plain read", "16-bit weights for several requests at once", _DECODE

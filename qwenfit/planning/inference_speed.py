@@ -89,14 +89,18 @@ def decode_step(
     bandwidth = read_bandwidth(device, stack)
     on_cpu = device.kind == "cpu"
     shares = dict.fromkeys(READ_KINDS, cpu_read_share(device)) if on_cpu else stack.read_shares
-    limits = {} if on_cpu else stack.read_limits
+    limits = {} if on_cpu else dict(stack.read_limits)
+    several = not on_cpu and task.batch > 1 and precision in stack.rows_limits
+    if several:
+        limits[precision] = rows_limit(stack, precision, task.batch)
     rates = {kind: min(bandwidth * shares.get(kind, 1.0), limits.get(kind, math.inf)) for kind in reads}
     memory = sum(nbytes / rates[kind] for kind, nbytes in reads.items()) / shards
     memory += quantized * unpack_time(device, stack) / shards
     if on_cpu:
         memory += config.num_layers * measured("qwenfit_cpu_layer_gap")
     else:
-        memory += config.num_layers * stack.layer_overhead + stack.step_host * host_factor
+        gap = stack.layer_overhead + (stack.rows_gap if several and task.batch > 2 else 0.0)
+        memory += config.num_layers * gap + stack.step_host * host_factor
     rows = 1 if on_cpu else task.batch
     compute = decode_flops(config) * rows / matmul_flops(device, precision) / shards
     per_layer = stack.decode_host_int4 if precision == "int4" else stack.decode_host
@@ -107,6 +111,12 @@ def decode_step(
         link = 2 * config.num_layers * (read("nccl_latency") + 2 * message / link_bandwidth(hardware))
     further = further_seconds(config, device, task.batch, precision) / shards if on_cpu else 0.0
     return StepTime(memory, compute, host, link, further)
+
+
+def rows_limit(stack: Stack, precision: str, rows: int) -> float:
+    """Bytes/s at which int4 or int8 weights are multiplied at most with so many rows."""
+    limits = stack.rows_limits[precision]
+    return limits[min(max(limits), 1 << (rows - 1).bit_length())]
 
 
 def further_seconds(config: ModelConfig, device: Device, batch: int, precision: str) -> float:
@@ -193,6 +203,8 @@ def inference_speed(
     if stack.name == "qwenfit" and by_tiles(hardware.device, precision) and task.prompt > FEW_ROWS:
         quiet, busy = measured("qwenfit_cpu_tiles_quiet"), measured("qwenfit_cpu_tiles_busy")
         first_interval = Interval(first * quiet, first * busy)
+    if hardware.device.kind != "cpu" and task.batch > 1 and precision in stack.rows_limits:
+        error = max(error, measured("qwenfit_rows_speed_error"))
     per_request = 1 / step.total
     total = per_request * task.batch
     return Speed(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from qwenfit.errors import UsageError, nearest
-from qwenfit.planning.constants import fitted, measured, read
+from qwenfit.planning.constants import ROWS, fitted, measured, read
 
 # What a decode step reads: weights by precision ("plain": 16 bits for one request, "plain_rows" for several), KV cache.
 READ_KINDS = ("plain", "plain_rows", "int8", "int4", "cache", "cache_int8")
@@ -36,6 +36,8 @@ class Stack:
     tensor_parallel: bool = False
     read_shares: dict[str, float] = field(default_factory=dict)  # of a plain read, by kind (inference_speed); else 1
     read_limits: dict[str, float] = field(default_factory=dict)  # bytes/s that the cores take at most, by kind
+    rows_limits: dict[str, dict[int, float]] = field(default_factory=dict)  # the same for several requests at once
+    rows_gap: float = 0.0  # s per layer and step more from 3 requests on, where there are rows_limits
     step_host: float = 0.0  # s per step that the host adds to the device's time
     prompt_host: float = 0.0  # s per prompt that the host adds to the device's time
 
@@ -63,6 +65,8 @@ STACKS: dict[str, Stack] = {
             tensor_parallel=False,
             read_shares={k: measured(f"qwenfit_read_{k}") for k in READ_KINDS},
             read_limits={k: measured(f"qwenfit_limit_{k}") for k in LIMITED},
+            rows_limits={k: {n: measured(f"qwenfit_rows_{k}_{n}") for n in ROWS} for k in ("int4", "int8")},
+            rows_gap=measured("qwenfit_rows_gap"),
             step_host=measured("qwenfit_step_host"),
             prompt_host=measured("qwenfit_prompt_host"),
         ),

@@ -90,6 +90,21 @@ def test_our_engine_decodes_on_an_h200_as_planned(run: dict[str, Any]) -> None:
 
 
 RECORDS = Path(__file__).parents[2] / "measurements"
+SEVERAL = [
+    run for n in (6, 7) for run in json.loads((RECORDS / f"gpu-decode-h200-{n}.json").read_text())["runs"]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("run", SEVERAL, ids=lambda run: f"{run['model']} {run['kv_cache']} x {run['batch']}")
+def test_several_requests_with_int4_weights_decode_as_planned(run: dict[str, Any]) -> None:
+    """They once were planned up to 2.6 times too fast: with each request more, cores and not memory bind."""
+    options = {"prompt": run["context"], "generate": run["tokens"], "batch": run["batch"], "kv_cache": run["kv_cache"]}
+    made = plan(run["model"], gpu="H200", advise=False, precision=run["precision"], **options)  # type: ignore[arg-type]
+    graph = run["batch"] / made.speed.tokens_per_s - measured("qwenfit_step_host")
+    assert graph == pytest.approx(run["ms_per_step"] / 1e3, rel=0.15)
+    assert made.speed.interval.low <= run["tokens_per_s"] <= made.speed.interval.high
+
+
 GUIDE_RUNS = [json.loads(p.read_text()) for p in sorted([*RECORDS.glob("guide-*"), *RECORDS.glob("rows-*")])]
 GUIDE_ROWS = [(run["hardware"], row) for run in GUIDE_RUNS for row in run["rows"] if row["measured"] is not None]
 
