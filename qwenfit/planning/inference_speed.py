@@ -17,6 +17,7 @@ from qwenfit.planning.weights import quantized_parameters, weight_bytes, with_he
 
 FEW_ROWS = 4  # up to here the matrix-vector kernels multiply (kernels/native.py)
 ONEDNN_ROWS = 24  # from here on int8 and int4 weights are unpacked for bf16 instructions (kernels/choice.py)
+HOPPER_UNITS = 132  # multiprocessors of the cards that rows_limits were measured on
 ROWS_AT_ONCE = 512  # of a prompt for which weights become tiles once (kernels/tiles.c)
 
 
@@ -92,7 +93,7 @@ def decode_step(
     limits = {} if on_cpu else dict(stack.read_limits)
     several = not on_cpu and task.batch > 1 and precision in stack.rows_limits
     if several:
-        limits[precision] = rows_limit(stack, precision, task.batch)
+        limits[precision] = rows_limit(stack, precision, task.batch, device)
     rates = {kind: min(bandwidth * shares.get(kind, 1.0), limits.get(kind, math.inf)) for kind in reads}
     memory = sum(nbytes / rates[kind] for kind, nbytes in reads.items()) / shards
     memory += quantized * unpack_time(device, stack) / shards
@@ -113,10 +114,10 @@ def decode_step(
     return StepTime(memory, compute, host, link, further)
 
 
-def rows_limit(stack: Stack, precision: str, rows: int) -> float:
-    """Bytes/s at which int4 or int8 weights are multiplied at most with so many rows."""
+def rows_limit(stack: Stack, precision: str, rows: int, device: Device) -> float:
+    """Bytes/s at which a card multiplies int4 or int8 weights at most with so many rows: by its share of a Hopper."""
     limits = stack.rows_limits[precision]
-    return limits[min(max(limits), 1 << (rows - 1).bit_length())]
+    return limits[min(max(limits), 1 << (rows - 1).bit_length())] * (device.units or HOPPER_UNITS) / HOPPER_UNITS
 
 
 def further_seconds(config: ModelConfig, device: Device, batch: int, precision: str) -> float:

@@ -105,6 +105,19 @@ def test_several_requests_with_int4_weights_decode_as_planned(run: dict[str, Any
     assert made.speed.interval.low <= run["tokens_per_s"] <= made.speed.interval.high
 
 
+def test_a_card_with_fewer_cores_multiplies_for_several_requests_more_slowly() -> None:
+    """Unlike one request, which its memory binds."""
+    ratio = {}
+    for batch in (1, 64):
+        small, large = (
+            plan("Qwen2.5-3B", gpu=gpu, advise=False, precision="int4", prompt=64, generate=64, batch=batch).speed
+            for gpu in ("RTX 3060 12GB", "RTX 3090")
+        )
+        ratio[batch] = large.tokens_per_s / small.tokens_per_s
+    assert ratio[1] == pytest.approx(936.2 / 360, rel=0.1)  # of memory bandwidth
+    assert ratio[64] == pytest.approx(82 / 28, rel=0.1)  # of cores
+
+
 GUIDE_RUNS = [json.loads(p.read_text()) for p in sorted([*RECORDS.glob("guide-*"), *RECORDS.glob("rows-*")])]
 GUIDE_ROWS = [(run["hardware"], row) for run in GUIDE_RUNS for row in run["rows"] if row["measured"] is not None]
 
