@@ -58,7 +58,11 @@ def load_products(model: Transformer, cache: KVCache, max_rows: int, max_logits:
             _run(_add, linear.weight, sizes, torch.float32, cache.memory)
         elif linear.weight is not None:
             _run(partial(_linear, linear.bias), linear.weight, sizes, model.dtype, cache.memory)
-        elif isinstance(linear.packed, BlockedWeight) and sizes[-1] > INT_MATMUL_ROWS:
+        elif isinstance(linear.packed, BlockedWeight):
+            # For fewest rows the kernel is not always one that the decoding step has compiled: of a gate it has both.
+            linear(torch.zeros(sizes[0], linear.packed.in_features, dtype=model.dtype, device=cache.memory.device))
+            if sizes[-1] <= INT_MATMUL_ROWS:
+                continue
             weight, rest = _cut(cache.memory, linear.packed.out_features, linear.packed.in_features, model.dtype)
             if weight is not None:  # many rows take the vendor's product of the unpacked weight
                 dequantised(linear.packed, model.dtype, weight)

@@ -9,7 +9,9 @@ pytest.importorskip("triton")
 from qwenfit.bench.gpu_common import random_network, tiny
 from qwenfit.engine import warm_up
 from qwenfit.engine.padding import padded_sizes
+from qwenfit.kernels.triton import product
 from qwenfit.model.kv_cache import KVCache
+from tests.kernels.test_triton_many_rows import packed_weight
 
 
 @pytest.mark.parametrize("name", ["Qwen-7B", "Qwen2.5-7B"])
@@ -38,3 +40,17 @@ def test_every_product_of_a_padded_step_is_run_at_the_start(monkeypatch, name):
     assert seen == expected
     warm_up.load_products(model, KVCache(config, 1, 16, "int8"), 600, 40)  # has no room for most
     assert seen.total() < 2 * expected.total()
+
+
+def test_an_int4_product_of_the_fewest_rows_is_compiled_at_the_start(monkeypatch):
+    """A short prompt's gate: few rows of a decoding step apply it in the product, by another kernel."""
+    config = tiny("Qwen-7B")
+    model = random_network(config, torch.float32, "cpu")
+    linear = model.layers[0].mlp.gate_up_proj
+    linear.packed, linear.weight = packed_weight(4, *linear.weight.shape, 1024, "middle"), None
+    seen: list[tuple[int, int]] = []
+    multiply = product.int_lanes
+    monkeypatch.setattr(product, "int_lanes", lambda x, weight, *rest: seen.append((x.rows, weight.out_features))
+                        or multiply(x, weight, *rest))  # fmt: skip
+    warm_up.load_products(model, KVCache(config, 64, 16, "bf16"), 100, 40)
+    assert seen == [(8, linear.packed.out_features)]
