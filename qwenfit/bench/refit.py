@@ -19,7 +19,7 @@ from typing import Any
 from qwenfit.catalog import get_model
 from qwenfit.hardware import Hardware, find_device
 from qwenfit.planning.device_speed import read_bandwidth
-from qwenfit.planning.inference_speed import step_reads
+from qwenfit.planning.inference_speed import cores_bind, step_reads
 from qwenfit.planning.stack import READ_KINDS, get_stack
 from qwenfit.planning.task import Inference
 
@@ -43,8 +43,8 @@ def steps_of(record: dict[str, Any]) -> Iterator[Step]:
         for run in record["runs"]:
             mean = run["context"] + run["tokens"] / 2
             task = Inference(max(1, int(mean) - 1), 2, run["batch"], kv_cache=run["kv_cache"])
-            if run["batch"] > 1 and run["precision"] in ("int8", "int4"):
-                continue  # a share of the memory's speed does not tell their time (stack.rows_limits)
+            if cores_bind(find_device(record["hardware"]), run["batch"], run["precision"], get_stack("qwenfit")):
+                continue  # a share of the memory's speed does not tell their time
             yield _step(record["hardware"], run["model"], run["precision"], task, run["ms_per_step"] / 1e3, host=0)
     else:
         for row in record["rows"]:

@@ -91,7 +91,7 @@ def decode_step(
     on_cpu = device.kind == "cpu"
     shares = dict.fromkeys(READ_KINDS, cpu_read_share(device)) if on_cpu else stack.read_shares
     limits = {} if on_cpu else dict(stack.read_limits)
-    several = not on_cpu and task.batch > 1 and precision in stack.rows_limits
+    several = cores_bind(device, task.batch, precision, stack)
     if several:
         limits[precision] = rows_limit(stack, precision, task.batch, device)
     rates = {kind: min(bandwidth * shares.get(kind, 1.0), limits.get(kind, math.inf)) for kind in reads}
@@ -112,6 +112,11 @@ def decode_step(
         link = 2 * config.num_layers * (read("nccl_latency") + 2 * message / link_bandwidth(hardware))
     further = further_seconds(config, device, task.batch, precision) / shards if on_cpu else 0.0
     return StepTime(memory, compute, host, link, further)
+
+
+def cores_bind(device: Device, rows: int, precision: str, stack: Stack) -> bool:
+    """Whether so many rows meet int4 or int8 weights whose products a card's cores bind, not its memory."""
+    return device.kind != "cpu" and rows > 1 and precision in stack.rows_limits
 
 
 def rows_limit(stack: Stack, precision: str, rows: int, device: Device) -> float:
@@ -204,7 +209,7 @@ def inference_speed(
     if stack.name == "qwenfit" and by_tiles(hardware.device, precision) and task.prompt > FEW_ROWS:
         quiet, busy = measured("qwenfit_cpu_tiles_quiet"), measured("qwenfit_cpu_tiles_busy")
         first_interval = Interval(first * quiet, first * busy)
-    if hardware.device.kind != "cpu" and task.batch > 1 and precision in stack.rows_limits:
+    if cores_bind(hardware.device, task.batch, precision, stack):
         error = max(error, measured("qwenfit_rows_speed_error"))
     per_request = 1 / step.total
     total = per_request * task.batch

@@ -143,12 +143,13 @@ def _arrange(
         whole = tl.load(x_ptr + row * IN + lane, mask=lane < IN, other=0.0).to(tl.float32)
         x = x * (weight * tl.rsqrt(tl.sum(whole * whole, axis=0) / IN + eps))
     here = block < BLOCKS
-    at, plane = row * (BLOCKS * BLOCK) + block * BLOCK + place, rows.to(tl.int64) * (BLOCKS * BLOCK)
     if LANES:
         OWN: tl.constexpr = BLOCK // 8  # bytes of a lane in a row, of BLOCK / 2 of each half
         byte = place % (4 * OWN)
         at = (block * 4 + place // (4 * OWN)) * (4 * BLOCK) + (row * 4 + byte // OWN) * OWN + byte % OWN
         plane = 8 * BLOCK
+    else:
+        at, plane = row * (BLOCKS * BLOCK) + block * BLOCK + place, rows.to(tl.int64) * (BLOCKS * BLOCK)
     if INTEGERS:
         top = tl.maximum(tl.max(tl.abs(x), axis=1, keep_dims=True), 1e-30)
         shifted = x * (LARGEST / top) + ROUND
