@@ -31,13 +31,13 @@ from qwenfit.kernels.triton.bf16_matvec import bf16_matvec, bf16_matvec_referenc
 from qwenfit.kernels.triton.decode_attention import (
     NewTokens,
     Parts,
-    arrival_counters,
     contexts_in_parts,
     decode_attention_reference,
     decode_step_attention,
 )
 from qwenfit.kernels.triton.int_matvec import BlockedWeight, int_matvec, int_matvec_reference
 from qwenfit.kernels.triton.launch import device_limits
+from qwenfit.kernels.triton.parts import arrival_counters
 from qwenfit.kernels.triton.rotary_cache import rotary_cache_reference
 
 Config = dict[str, int]

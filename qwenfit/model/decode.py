@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-from qwenfit.kernels.choice import MATVEC_ROWS
-from qwenfit.kernels.triton.decode_attention import Parts, arrival_counters, contexts_in_parts, decode_step_attention
+from qwenfit.kernels.choice import INT_MATVEC_ROWS
+from qwenfit.kernels.triton.decode_attention import Parts, contexts_in_parts, decode_step_attention
 from qwenfit.kernels.triton.int_matvec import BlockedWeight
+from qwenfit.kernels.triton.parts import arrival_counters
 from qwenfit.kernels.triton.product import mlp as feed_forward
 from qwenfit.kernels.triton.product import product
 from qwenfit.kernels.triton.rotary_cache import embed_with_angles
@@ -34,9 +35,9 @@ class DecodeStep:
         self._inverse = self._frequencies(1.0).repeat(batch, 1)  # float32 [batch, head_dim / 2]
         self._cos = torch.empty(batch, 1, config.head_dim, device=device)
         self._sin = torch.empty(batch, 1, config.head_dim, device=device)
-        # What the layers add up is float32 for more rows than the matrix-vector kernels take, which round nothing else.
+        # What the layers add up is float32, but for the matrix-vector kernels, which round nothing else.
         self._hidden = None
-        if batch > MATVEC_ROWS:
+        if batch > INT_MATVEC_ROWS:
             self._hidden = torch.empty(batch, config.hidden_size, device=device)
         self._query_scale = torch.ones(batch, 1, 1, dtype=model.dtype, device=device)
         alone = config.num_heads == config.num_kv_heads  # heads that share keys count nothing

@@ -17,7 +17,6 @@ from qwenfit.kernels.triton.int_matvec import BlockedWeight, normalised
 from qwenfit.kernels.triton.launch import options, start_after_previous
 
 LARGEST = 32639  # 127 * 256 + 127: both bytes of an integer stay signed ones
-_BLOCKS = 8  # of a program
 
 
 @dataclass
@@ -95,9 +94,10 @@ def arrange(
     dtype = torch.int8 if integers else _narrow(x, norm)
     values = torch.empty(shape, dtype=dtype, device=x.device)
     units = torch.empty(2, blocks, rows, dtype=torch.float32, device=x.device)
-    _arrange[(rows, triton.cdiv(blocks, _BLOCKS))](
+    tile = 4 if rows <= 8 else 16  # blocks of a program
+    _arrange[(rows, triton.cdiv(blocks, tile))](
         x, norm, weight.perm, values, units, rows, eps,
-        IN=weight.in_features, BLOCKS=blocks, BLOCK=weight.block, BITS=weight.bits, LARGEST=LARGEST, TILE=_BLOCKS,
+        IN=weight.in_features, BLOCKS=blocks, BLOCK=weight.block, BITS=weight.bits, LARGEST=LARGEST, TILE=tile,
         WIDTH=triton.next_power_of_2(weight.in_features), HAS_NORM=norm is not None,
         HAS_PERM=weight.perm is not None, GATED=gated, INTEGERS=integers, LANES=lanes, num_warps=4, **options(x),
     )  # fmt: skip
@@ -120,12 +120,7 @@ def _arrange(
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]
     place = tl.arange(0, BLOCK)[None, :]
-    if BITS == 8:
-        column = place % 4 * (BLOCK // 4) + place // 4
-    else:
-        byte = place % (BLOCK // 2)
-        column = (2 * (byte % 4) + place // (BLOCK // 2)) * (BLOCK // 8) + byte // 4
-    i = block * BLOCK + column
+    i = block * BLOCK + place
     inside = i < IN
     if HAS_PERM:
         i = tl.load(perm_ptr + i, mask=inside, other=0)
@@ -144,16 +139,15 @@ def _arrange(
         x = x * (weight * tl.rsqrt(tl.sum(whole * whole, axis=0) / IN + eps))
     here = block < BLOCKS
     if LANES:
-        OWN: tl.constexpr = BLOCK // 8  # bytes of a lane in a row, of BLOCK / 2 of each half
-        byte = place % (4 * OWN)
-        at = (block * 4 + place // (4 * OWN)) * (4 * BLOCK) + (row * 4 + byte // OWN) * OWN + byte % OWN
-        plane = 8 * BLOCK
+        HALF: tl.constexpr = BLOCK // 2  # four lanes hold those of a row
+        at, plane = (block * 4 + place // HALF) * (8 * HALF) + row * HALF + place % HALF, 16 * HALF
     else:
         at, plane = row * (BLOCKS * BLOCK) + block * BLOCK + place, rows.to(tl.int64) * (BLOCKS * BLOCK)
     if INTEGERS:
         top = tl.maximum(tl.max(tl.abs(x), axis=1, keep_dims=True), 1e-30)
         shifted = x * (LARGEST / top) + ROUND
-        integer = shifted.to(tl.int32, bitcast=True) - 0x4B400000
+        integer = (shifted.to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int16)
+        integer = _as_stored(integer, TILE, BLOCK, BITS).to(tl.int32)
         low = ((integer + 128) & 255) - 128
         high = (integer - low) >> 8
         tl.store(value_ptr + at, high.to(tl.int8), mask=here)
@@ -162,8 +156,17 @@ def _arrange(
         sums = tl.sum(shifted - ROUND, axis=1, keep_dims=True) * unit
     else:
         rounded = x.to(value_ptr.dtype.element_ty)
-        tl.store(value_ptr + at, rounded, mask=here)
+        tl.store(value_ptr + at, _as_stored(rounded, TILE, BLOCK, BITS), mask=here)
         sums = tl.sum(rounded.to(tl.float32), axis=1, keep_dims=True)
         unit = sums * 0.0 + 1.0
     tl.store(unit_ptr + block * rows + row, unit, mask=here)
     tl.store(unit_ptr + (BLOCKS + block) * rows + row, sums, mask=here)
+
+
+@triton.jit
+def _as_stored(x, TILE: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr):
+    """[TILE, BLOCK] in the order of `stored_order`."""
+    if BITS == 8:
+        return x.reshape([TILE, 4, BLOCK // 4]).permute(0, 2, 1).reshape([TILE, BLOCK])
+    else:
+        return x.reshape([TILE, 4, 2, BLOCK // 8]).permute(0, 2, 3, 1).reshape([TILE, BLOCK])

@@ -21,7 +21,7 @@ from qwenfit.kernels.triton.decode_heads import _attend_heads
 from qwenfit.kernels.triton.launch import INTERPRETED, options, start_after_previous
 from qwenfit.kernels.triton.new_token import group_query
 from qwenfit.kernels.triton.paged import blocks_of
-from qwenfit.kernels.triton.parts import ARRIVED_STRIDE, cut, merge, part_of
+from qwenfit.kernels.triton.parts import arrival_counters, cut, merge, part_of
 from qwenfit.kernels.triton.tuning import tuned
 
 
@@ -252,11 +252,6 @@ def _lanes(cache: LayerCache) -> int:
 def _tokens_at_once(config: dict[str, int], cache: LayerCache) -> int:
     """Tokens that the threads of a program read at once, where heads are alone."""
     return max(1, 32 * config["warps"] // _lanes(cache))
-
-
-def arrival_counters(heads: int, device: torch.device) -> torch.Tensor:
-    """Where the parts of each head of each sequence count themselves: all zero before and after the kernel."""
-    return torch.zeros(heads * ARRIVED_STRIDE.value, dtype=torch.int32, device=device)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from qwenfit.kernels.triton.arrange import Arranged
 from qwenfit.kernels.triton.int_matvec import BlockedWeight
-from qwenfit.kernels.triton.launch import INTERPRETED, after_loads, options, start_after_previous
+from qwenfit.kernels.triton.launch import INTERPRETED, after_loads, options, prefetch_line, start_after_previous
 from qwenfit.kernels.triton.tuning import tuned
 
 MAX_ROWS = 8
@@ -162,9 +162,7 @@ def _prefetch(
             line = i * 32 + lane
             word = tl.minimum(chunk * (CHUNK * BYTES // 4) + line % LINES * 32, BLOCKS * BYTES // 4 - 1)
             at = w_ptr + _row(first, line // LINES, outputs, GATED).to(tl.int64) * (BLOCKS * BYTES // 4) + word
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-            )
+            prefetch_line(at)
 
 
 @triton.jit

@@ -44,6 +44,14 @@ def after_loads(nought, INTERPRETED: tl.constexpr):
         )  # fmt: skip
 
 
+@triton.jit
+def prefetch_line(at):
+    """Ask the second-level cache for the lines of 128 bytes that hold what is at some pointers."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 @functools.cache
 def _overlaps(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)

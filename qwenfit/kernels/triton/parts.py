@@ -107,6 +107,11 @@ def part_of(parts_ptr, context_ptr, part, SPLITS: tl.constexpr, TILE: tl.constex
         return nought, start, tl.minimum(start + length, context), nought, tl.maximum(tl.cdiv(context, length), 1)
 
 
+def arrival_counters(count: int, device: torch.device) -> torch.Tensor:
+    """Where programs that share a result count themselves: all zero before and after the kernel."""
+    return torch.zeros(count * ARRIVED_STRIDE.value, dtype=torch.int32, device=device)
+
+
 @triton.jit
 def is_last_to_arrive(arrived_ptr, counter, count):
     """Whether this program is the last of `count`. What they stored before it is there to be read."""

@@ -7,9 +7,10 @@ from typing import TypeGuard
 import torch
 from torch.nn.functional import linear
 
-from qwenfit.kernels.choice import INT_LANES_ROWS, INT_MATMUL_ROWS, INT_MATVEC_ROWS, MATVEC_ROWS
+from qwenfit.kernels.choice import INT_LANES_ROWS, INT_MATMUL_ROWS, INT_MATVEC_ROWS, MATVEC_ROWS, TILES_ROWS
 from qwenfit.kernels.triton import bf16_matvec, int_matvec
 from qwenfit.kernels.triton.arrange import Arranged, arrange
+from qwenfit.kernels.triton.bf16_tiles import bf16_tiles, has_bf16_tiles
 from qwenfit.kernels.triton.dequantise import dequantised
 from qwenfit.kernels.triton.fused_norm import add_norm
 from qwenfit.kernels.triton.gate import silu_mul
@@ -48,10 +49,12 @@ def product(
         if _has_matmul(weight, x):
             y = int_matmul(_arranged(x, weight, norm, eps), weight, bias, residual, wanted)
             return silu_mul(y) if gated else y
-    elif rows <= MATVEC_ROWS:
+    elif rows <= MATVEC_ROWS and not _has_tiles(weight, rows, model_dtype):
         return bf16_matvec.bf16_matvec(x, weight, bias, residual, norm, eps, gated, wanted, out)
     if norm is not None:
         x, _ = add_norm(x, None, norm, eps)
+    if _has_tiles(weight, rows, x.dtype):
+        return bf16_tiles(x, weight, bias, residual, gated, wanted, out)
     if isinstance(weight, torch.Tensor) and bias is None and not gated:
         if residual is not None:
             return add_product(residual, x, weight)
@@ -89,6 +92,12 @@ def _arranged(
     x: torch.Tensor, weight: BlockedWeight, norm: torch.Tensor | None = None, eps: float = 1e-6, gated: bool = False
 ) -> Arranged:
     return arrange(x, weight, norm, eps, gated, prefers_integers(weight, len(x)))
+
+
+def _has_tiles(weight: Weight, rows: int, dtype: torch.dtype) -> TypeGuard[torch.Tensor]:
+    """Whether `bf16_tiles` takes the weight and so many rows of `dtype`."""
+    some = TILES_ROWS[0] <= rows <= TILES_ROWS[1]
+    return some and isinstance(weight, torch.Tensor) and weight.dtype == dtype and has_bf16_tiles(weight)
 
 
 def _has_lanes(weight: Weight, x: torch.Tensor) -> TypeGuard[BlockedWeight]:

@@ -89,6 +89,8 @@ def _rule(kernel: str, shape: tuple[int, ...]) -> Config:
         return {"rows": 8 if rows == 1 else 4 if rows <= 4 else 2, "words": words, "warps": warps, "programs": programs}
     if kernel == "bf16_matvec":
         return {"rows": 4 if rows <= 4 else 2, "columns": 1024, "warps": 4}
+    if kernel == "bf16_tiles":
+        return _tiles_rule(bool(shape[0]), shape[2] // (1 + shape[0]))
     if kernel == "int_lanes":
         tiles = 2 if shape[0] else 1
         programs, warps = -(-shape[2] // (16 * tiles)), 2
@@ -109,3 +111,15 @@ def _rule(kernel: str, shape: tuple[int, ...]) -> Config:
     if rows >= 128:  # where what is read before its turn is a small part, and room for more programs counts
         return {"tokens": 64, "warps": 2, "stages": 5 if shape[0] == 1 else 3}
     return {"tokens": 64, "warps": 2 if shape[0] == 1 else 4}
+
+
+def _tiles_rule(gated: bool, outputs: int) -> Config:
+    """Programs for one round, two of them on a core where they leave each other memory enough."""
+    cores = _cores()
+    if gated:
+        tile = 128 if outputs >= 76 * cores else 64
+        beside = 2 if outputs > tile * cores else 1
+        columns = 64 if tile == 128 and beside == 2 else 128
+        return {"rows": tile, "columns": columns, "splits": 1, "warps": 4, "beside": beside}
+    splits = next((n for n in (4, 2) if n * outputs <= 64 * cores), 1)
+    return {"rows": 64, "columns": 128, "splits": splits, "warps": 4, "beside": 2}
