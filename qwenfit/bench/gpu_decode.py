@@ -51,7 +51,8 @@ RUNS = [  # model, precision of the layers, KV cache, tokens in the cache at the
     ("Qwen-72B", "int4", "bf16", 0, 512, 1),
     ("Qwen-7B", "bf16", "bf16", 960, 64, 64),
     ("Qwen-7B", "bf16", "int8", 960, 64, 128),
-    *((name, "int4", "bf16", 960, 64, count) for name in ("Qwen-7B", "Qwen-1.8B") for count in (4, 8)),
+    *((name, "int4", "bf16", 960, 64, count) for name in ("Qwen-7B", "Qwen-1.8B") for count in (2, 4, 8, 16, 64)),
+    *(("Qwen-7B", "int8", "bf16", 960, 64, count) for count in (4, 16, 64)),
     *(("Qwen2.5-7B", "int4", kv, 960, 64, count) for count in (1, 2, 4, 8, 16, 64, 256) for kv in ("bf16", "int8")),
     *((name, "bf16", "bf16", 960, 64, count) for name in ("Qwen-7B", "Qwen-1.8B") for count in (4, 16, 32)),
     *(("Qwen2.5-7B", "bf16", "bf16", 960, 64, count) for count in (1, 2, 4, 8, 16, 32, 64, 128, 256)),
@@ -65,8 +66,9 @@ CHECKS = [  # precision of the layers, KV cache, model, sequences
     ("bf16", "bf16", "Qwen2.5-7B", 1),
     ("bf16", "int8", "Qwen2.5-7B", 1),
     ("int4", "bf16", "Qwen3-8B", 1),
-    *(("int4", "bf16", "Qwen-7B", count) for count in (3, 8)),
-    ("int4", "bf16", "Qwen2.5-7B", 5),
+    *(("int4", "bf16", "Qwen-7B", count) for count in (3, 8, 16, 100)),
+    *(("int4", "bf16", "Qwen2.5-7B", count) for count in (5, 40)),
+    *(("int8", "bf16", "Qwen-7B", count) for count in (16, 64)),
     *(("bf16", "bf16", name, count) for name, count in (("Qwen-7B", 12), ("Qwen-1.8B", 24), ("Qwen2.5-7B", 40))),
 ]
 WITHOUT = [(2, "early"), (4, "early")]  # index of RUNS, what it is run without

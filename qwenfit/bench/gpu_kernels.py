@@ -115,10 +115,12 @@ def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def random_blocked(bits: int, inputs: int, out: int) -> BlockedWeight:
+    """Random codes; scales of either sign, since the codes' mean is not their middle."""
     codes = torch.empty(out, inputs * bits // 32, dtype=torch.int32, device="cuda").random_(-(2**31), 2**31)
     deviation = ((4.0**bits - 1) / 12) ** 0.5
-    scales = (torch.rand(out, inputs // 128, device="cuda") + 0.5).half() / deviation / inputs**0.5
-    return BlockedWeight(bits, 128, 128, out, inputs, codes, scales, None)
+    scales = (torch.rand(out, inputs // 128, device="cuda") + 0.5) / deviation / inputs**0.5
+    scales *= torch.randint_like(scales, 2) * 2 - 1
+    return BlockedWeight(bits, 128, 128, out, inputs, codes, scales.half(), None)
 
 
 def copies(make: Callable[[], Any], nbytes: int) -> list[Any]:

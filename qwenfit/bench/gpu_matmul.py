@@ -32,25 +32,27 @@ from qwenfit.kernels.triton.int_matvec import MAX_ROWS, BlockedWeight, int_matve
 COMPILERS = 14
 ROWS = (3, 4, 8, 16, 32, 64, 128, 256)
 TILES = {  # rows of x in a tile -> rows of the weight, warps, stages, unroll, and whether x is in floats
-    16: ((64, 4, 4, 1, 0), (64, 4, 6, 1, 0), (128, 4, 4, 1, 0), (128, 8, 4, 1, 0), (64, 2, 4, 1, 0), (64, 4, 3, 2, 0),
-         (32, 2, 4, 1, 0)),
-    32: ((64, 4, 4, 1, 0), (128, 4, 3, 1, 0), (64, 2, 4, 1, 0), (64, 4, 3, 2, 0), (64, 4, 3, 1, 1)),
-    64: ((64, 4, 4, 1, 0), (64, 4, 2, 1, 0), (64, 4, 3, 1, 1), (128, 8, 3, 1, 1), (64, 4, 2, 1, 1)),
-    128: ((128, 8, 2, 1, 1), (128, 8, 3, 1, 1), (64, 4, 3, 1, 1), (64, 4, 2, 1, 1)),
+    16: ((64, 4, 4, 1, 0), (64, 4, 4, 2, 0), (64, 4, 6, 1, 0), (64, 4, 6, 2, 0), (128, 4, 4, 1, 0), (128, 8, 4, 1, 0),
+         (128, 8, 4, 2, 0)),
+    32: ((64, 4, 3, 1, 0), (64, 4, 4, 1, 0), (64, 4, 4, 2, 0), (128, 8, 3, 1, 0), (128, 8, 4, 1, 0), (128, 8, 4, 2, 0)),
+    64: ((64, 4, 3, 1, 0), (64, 4, 4, 1, 0), (128, 8, 3, 1, 0), (128, 8, 4, 1, 0), (64, 4, 3, 1, 1), (64, 4, 4, 1, 1),
+         (128, 8, 3, 1, 1)),
+    128: ((64, 4, 3, 1, 1), (128, 8, 3, 1, 1)),
 }  # fmt: skip
-WAVES = {16: (2.6, 5.2), 32: (2.6, 5.2), 64: (1, 2.6), 128: (1, 2)}  # programs for each core that splits aim at
 
 
 def matmul_configs(out: int, rows: int) -> Iterable[dict[str, int]]:
+    """Splits make half a program to four for a core."""
     m = min(128, max(16, 1 << (rows - 1).bit_length()))
     cores = torch.cuda.get_device_properties().multi_processor_count if GPU else 1
     for tile, warps, stages, unroll, floats in TILES[m]:
         tiles = -(-out // tile) * -(-rows // m)
-        for splits in sorted({min(8, max(1, round(wave * cores / tiles))) for wave in WAVES[m]}):
-            yield {
-                "m": m, "rows": tile, "warps": warps, "stages": stages, "unroll": unroll, "splits": splits,
-                "floats": floats,
-            }  # fmt: skip
+        for splits in (1, 2, 4, 8):
+            if (splits == 1 or splits * tiles <= 4 * cores) and (splits == 8 or 2 * splits * tiles > cores):
+                yield {
+                    "m": m, "rows": tile, "warps": warps, "stages": stages, "unroll": unroll, "splits": splits,
+                    "floats": floats,
+                }  # fmt: skip
 
 
 def time_shape(bits: int, inputs: int, out: int, seconds: float) -> list[Figures]:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 AROUND = 4  # decode steps before the one that is profiled, and after it
 REST = "engine, sampling, and what stands between"
-PLAIN_KERNELS, INT_KERNELS, CACHE_KERNELS = ("bf16_matvec",), ("int_matvec", "int_matmul"), ("_attend",)
+PLAIN_KERNELS, INT_KERNELS = ("bf16_matvec", "bf16_tiles"), ("int_matvec", "int_lanes", "int_matmul")
+CACHE_KERNELS = ("_attend",)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qwenfit.kernels.triton.launch import INTERPRETED, options, prefetch_line, start_after_previous
-from qwenfit.kernels.triton.parts import ARRIVED_STRIDE, arrival_counters, is_last_to_arrive
+from qwenfit.kernels.triton.launch import INTERPRETED, options, prefetch_rows, start_after_previous
+from qwenfit.kernels.triton.parts import is_last_to_arrive, shared_counters
 from qwenfit.kernels.triton.tuning import tuned
 
 _SHARED = 220 << 10  # bytes of a core for tiles
@@ -61,7 +61,7 @@ def bf16_tiles(
     parts = arrived = None
     if splits > 1:
         parts = torch.empty(splits * tiles * tile * m, dtype=torch.float32, device=x.device)
-        arrived = _counters(x.device)[: tiles * ARRIVED_STRIDE.value]
+        arrived = shared_counters(tiles, x.device)
     stage = (m + tile * (2 if gated else 1)) * columns * x.itemsize
     _bf16_tiles[(tiles, splits)](
         _described(x, m, columns), _described(weight, tile, columns), weight, bias, residual, out, parts, arrived,
@@ -77,23 +77,7 @@ def _described(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescripto
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])
 
 
-@functools.cache
-def _counters(device: torch.device) -> torch.Tensor:
-    """Zeros that every launch leaves as zeros."""
-    return arrival_counters(4096, device)
-
-
-@triton.jit
-def _prefetch(w_ptr, first, outputs, column, inputs, ROWS: tl.constexpr, WARPS: tl.constexpr):
-    """Ask the second-level cache for 256 columns of ROWS rows of the weight, of which there are `outputs`."""
-    LINES: tl.constexpr = 4  # of 64 numbers
-    for i in tl.static_range(ROWS * LINES // (32 * WARPS)):
-        line = i * 32 * WARPS + tl.arange(0, 32 * WARPS)
-        row = tl.minimum(first + line // LINES, outputs - 1).to(tl.int64)
-        prefetch_line(w_ptr + row * inputs + tl.minimum(column + line % LINES * 64, inputs - 1))
-
-
-@triton.jit(do_not_specialize=["rows", "outputs", "inputs", "steps"])
+@triton.jit(do_not_specialize=["rows", "inputs", "steps"])
 def _bf16_tiles(
     x, w, w_ptr, bias_ptr, residual_ptr, y_ptr, part_ptr, arrived_ptr, rows, outputs, inputs, steps,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
@@ -103,9 +87,9 @@ def _bf16_tiles(
     tile, split = tl.program_id(0), tl.program_id(1)
     first, begin = tile * TILE_OUT, split * steps
     if not INTERPRETED:
-        _prefetch(w_ptr, first, outputs, begin * COLUMNS, inputs, TILE_OUT, WARPS)
+        prefetch_rows(w_ptr, first, outputs, begin * COLUMNS, inputs, TILE_OUT, 4, WARPS)
         if GATED:
-            _prefetch(w_ptr, outputs + first, 2 * outputs, begin * COLUMNS, inputs, TILE_OUT, WARPS)
+            prefetch_rows(w_ptr, outputs + first, 2 * outputs, begin * COLUMNS, inputs, TILE_OUT, 4, WARPS)
     start_after_previous(OVERLAP)
     output, m = first + tl.arange(0, TILE_OUT)[:, None], tl.arange(0, TILE_M)[None, :]
     place, here = m * outputs + output, (output < outputs) & (m < rows)

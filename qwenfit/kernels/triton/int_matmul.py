@@ -14,10 +14,9 @@ import triton.language as tl
 
 from qwenfit.kernels.triton.arrange import Arranged
 from qwenfit.kernels.triton.int_matvec import BlockedWeight, finish, unpack_blocked
-from qwenfit.kernels.triton.launch import INTERPRETED, options, start_after_previous
+from qwenfit.kernels.triton.launch import INTERPRETED, options, prefetch_rows, start_after_previous
+from qwenfit.kernels.triton.parts import is_last_to_arrive, shared_counters
 from qwenfit.kernels.triton.tuning import tuned
-
-_SUM_TILE = 1024
 
 
 def has_int_matmul(weight: BlockedWeight) -> bool:
@@ -45,42 +44,30 @@ def int_matmul(
     out: torch.Tensor | None = None,
     config: dict[str, int] | None = None,
 ) -> torch.Tensor:
-    """`int_matmul_reference`, [rows, out] of `dtype`, in one kernel, or two where the input is split.
+    """`int_matmul_reference`, [rows, out] of `dtype`, in one kernel. `out` may be `residual`.
 
     `config`: tiles of `m` rows of x and `rows` rows of the weight; the input is cut into `splits` parts, whose float32
-    sums are added in order; `warps`, `stages` and `unroll` are of the loop over blocks. With `floats` it was measured
-    for x as it is, else for x as integers.
+    sums are added in order by the program that is done last; `warps`, `stages` and `unroll` are of the loop over
+    blocks. With `floats` it was measured for x as it is, else for x as integers.
     """
     rows = x.rows
     if out is None:
         out = torch.empty(rows, weight.out_features, dtype=dtype, device=x.units.device)
     config = config or _tuned(weight, rows)
     tile_m, tile_out, splits = config["m"], config["rows"], config.get("splits", 1)
-    blocks = x.units.shape[1]
-    target, last_bias, last_residual = out, bias, residual
+    blocks, tiles = x.units.shape[1], (triton.cdiv(rows, tile_m), triton.cdiv(weight.out_features, tile_out))
+    parts = arrived = None
     if splits > 1:
-        target = torch.empty(splits, rows, weight.out_features, dtype=torch.float32, device=out.device)
-        last_bias, last_residual = None, None
-    _int_matmul[(triton.cdiv(rows, tile_m), triton.cdiv(weight.out_features, tile_out), splits)](
-        x.values, weight.codes.view(torch.int8), weight.scales, weight.zeros, x.units, last_bias, last_residual,
-        target, rows, triton.cdiv(blocks, splits),
-        OUT=weight.out_features, BLOCKS=blocks, BLOCK=weight.block, BITS=weight.bits,
-        GROUPS=weight.scales.shape[1], GROUP_BLOCKS=max(1, weight.group_size // weight.block),
-        HAS_ZEROS=weight.zeros is not None, HAS_BIAS=last_bias is not None, HAS_RESIDUAL=last_residual is not None,
-        TILE_M=tile_m, TILE_OUT=tile_out, UNROLL=config.get("unroll", 1), INTEGERS=x.integers, INTERPRETED=INTERPRETED,
-        num_warps=config["warps"], num_stages=config.get("stages", 4), **options(x.units),
-    )  # fmt: skip
-    return sum_splits(target, bias, residual, out) if splits > 1 else out
-
-
-def sum_splits(
-    parts: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, out: torch.Tensor
-) -> torch.Tensor:
-    """out [rows, outputs] = the sum of parts [splits, rows, outputs] in order, + bias + residual; returns out."""
-    splits, rows, outputs = parts.shape
-    _sum_splits[(rows, triton.cdiv(outputs, _SUM_TILE))](
-        parts, bias, residual, out, rows * outputs, OUT=outputs, SPLITS=splits,
-        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, TILE=_SUM_TILE, **options(out),
+        parts = torch.empty(tiles[0] * tiles[1] * splits * tile_m * tile_out, dtype=torch.float32, device=out.device)
+        arrived = shared_counters(tiles[0] * tiles[1], out.device)
+    _int_matmul[(*tiles, splits)](
+        x.values, weight.codes.view(torch.int8), weight.scales, weight.zeros, x.units, bias, residual, out, parts,
+        arrived, rows, weight.out_features, blocks, weight.scales.shape[1], triton.cdiv(blocks, splits),
+        BLOCK=weight.block, BITS=weight.bits, GROUP_BLOCKS=max(1, weight.group_size // weight.block),
+        HAS_ZEROS=weight.zeros is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+        TILE_M=tile_m, TILE_OUT=tile_out, SPLITS=splits, UNROLL=config.get("unroll", 1), WARPS=config["warps"],
+        INTEGERS=x.integers, INTERPRETED=INTERPRETED, num_warps=config["warps"], num_stages=config.get("stages", 4),
+        **options(x.units),
     )  # fmt: skip
     return out
 
@@ -96,25 +83,25 @@ def _tuned(weight: BlockedWeight, rows: int) -> dict[str, int]:
 
 @triton.jit
 def _low_codes(codes, INTERPRETED: tl.constexpr):
-    """The low half of each byte."""
+    """16 (the low half of each byte - 8), which is the half moved up with its highest bit turned."""
     if INTERPRETED:
-        return codes & 15
+        return ((codes << 4) ^ -128) & -16
     else:
         return tl.inline_asm_elementwise(
-            "and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", [codes], dtype=tl.int8, is_pure=True, pack=4
-        )
+            "{ .reg .b32 t; shl.b32 t, $1, 4; lop3.b32 $0, t, 0x80808080, 0xF0F0F0F0, 0x28; }",
+            "=r,r", [codes], dtype=tl.int8, is_pure=True, pack=4,
+        )  # fmt: skip
 
 
 @triton.jit
 def _high_codes(codes, INTERPRETED: tl.constexpr):
-    """The high half of each byte."""
+    """16 (the high half of each byte - 8)."""
     if INTERPRETED:
-        return (codes >> 4) & 15
+        return (codes ^ -128) & -16
     else:
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x0F0F0F0F; }",
-            "=r,r", [codes], dtype=tl.int8, is_pure=True, pack=4,
-        )  # fmt: skip
+            "lop3.b32 $0, $1, 0x80808080, 0xF0F0F0F0, 0x28;", "=r,r", [codes], dtype=tl.int8, is_pure=True, pack=4
+        )
 
 
 @triton.jit
@@ -167,100 +154,108 @@ def _signed_floats(codes, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _float_dots(codes, x_at, here, BITS: tl.constexpr, BYTES: tl.constexpr, INTERPRETED: tl.constexpr):
-    """float32 [TILE_OUT, TILE_M]: a block's codes less their middle times the numbers at `x_at` [BYTES, TILE_M]."""
-    dtype: tl.constexpr = x_at.dtype.element_ty
-    x = tl.load(x_at, mask=here, other=0.0)
+def _less_middle(codes, dtype: tl.constexpr, BITS: tl.constexpr, INTEGERS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """[TILE_OUT, BLOCK] of a block's bytes: its codes less their middle, as integers (of int4 16 times that) or floats.
+
+    Of int4 those of the bytes' low halves, then of the high ones: one product waits once.
+    """
     if BITS == 4:
-        dots = tl.dot(_half_floats(codes, dtype, False, INTERPRETED), x, input_precision="ieee")
-        x = tl.load(x_at + BYTES, mask=here, other=0.0)
-        return tl.dot(_half_floats(codes, dtype, True, INTERPRETED), x, dots, input_precision="ieee")
+        if INTEGERS:
+            halves = tl.join(_low_codes(codes, INTERPRETED), _high_codes(codes, INTERPRETED))
+        else:
+            halves = tl.join(
+                _half_floats(codes, dtype, False, INTERPRETED), _half_floats(codes, dtype, True, INTERPRETED)
+            )
+        return tl.permute(halves, (0, 2, 1)).reshape([codes.shape[0], 2 * codes.shape[1]])
+    elif INTEGERS:
+        return _signed_codes(codes, INTERPRETED)
     else:
-        return tl.dot(_signed_floats(codes, dtype, INTERPRETED), x, input_precision="ieee")
+        return _signed_floats(codes, dtype, INTERPRETED)
 
 
 @triton.jit
-def _integer_dots(codes, x_at, plane, here, BITS: tl.constexpr, BYTES: tl.constexpr, INTERPRETED: tl.constexpr):
-    """int32 [TILE_OUT, TILE_M]: a block's codes times the integers at `x_at` [BYTES, TILE_M] and `plane` further.
-
-    Of int8 codes - 128.
-    """
-    if BITS == 4:
-        low, high = _low_codes(codes, INTERPRETED), _high_codes(codes, INTERPRETED)
-        top = tl.dot(low, tl.load(x_at, mask=here, other=0), out_dtype=tl.int32)
-        top = tl.dot(high, tl.load(x_at + BYTES, mask=here, other=0), top, out_dtype=tl.int32)
-        rest = tl.dot(low, tl.load(x_at + plane, mask=here, other=0), out_dtype=tl.int32)
-        rest = tl.dot(high, tl.load(x_at + plane + BYTES, mask=here, other=0), rest, out_dtype=tl.int32)
-    else:
-        signed = _signed_codes(codes, INTERPRETED)
-        top = tl.dot(signed, tl.load(x_at, mask=here, other=0), out_dtype=tl.int32)
-        rest = tl.dot(signed, tl.load(x_at + plane, mask=here, other=0), out_dtype=tl.int32)
-    return (top << 8) + rest
+def _of_block(
+    scale_at, zero_at, unit_at, block, rows, blocks,
+    GROUP_BLOCKS: tl.constexpr, HAS_ZEROS: tl.constexpr, INTEGERS: tl.constexpr,
+):  # fmt: skip
+    """What a block's products are multiplied with: scales and zeros [TILE_OUT], units and sums [TILE_M]."""
+    block = tl.minimum(block, blocks - 1)
+    scale = tl.load(scale_at + block // GROUP_BLOCKS)
+    zero, unit, total = scale, unit_at, unit_at
+    if INTEGERS:
+        unit = tl.load(unit_at + block * rows)
+    if HAS_ZEROS:
+        zero = tl.load(zero_at + block // GROUP_BLOCKS)
+        total = tl.load(unit_at + (blocks + block) * rows)
+    return scale, zero, unit, total
 
 
-@triton.jit(do_not_specialize=["rows", "part"])
+@triton.jit(do_not_specialize=["rows", "blocks", "groups", "part"])
 def _int_matmul(
-    x_ptr, w_ptr, scale_ptr, zero_ptr, unit_ptr, bias_ptr, residual_ptr, y_ptr, rows, part,
-    OUT: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr,
-    GROUP_BLOCKS: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_OUT: tl.constexpr, UNROLL: tl.constexpr, INTEGERS: tl.constexpr,
-    INTERPRETED: tl.constexpr, OVERLAP: tl.constexpr,
+    x_ptr, w_ptr, scale_ptr, zero_ptr, unit_ptr, bias_ptr, residual_ptr, y_ptr, part_ptr, arrived_ptr,
+    rows, outputs, blocks, groups, part,
+    BLOCK: tl.constexpr, BITS: tl.constexpr, GROUP_BLOCKS: tl.constexpr, HAS_ZEROS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_OUT: tl.constexpr, SPLITS: tl.constexpr, UNROLL: tl.constexpr, WARPS: tl.constexpr,
+    INTEGERS: tl.constexpr, INTERPRETED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     BYTES: tl.constexpr = BLOCK * BITS // 8  # of a row in a block
-    TAKEN: tl.constexpr = 128 if BITS == 8 else 0 if INTEGERS else 8  # from the codes, before they are multiplied
-    MIDDLE: tl.constexpr = 2 ** (BITS - 1) - TAKEN  # the zero of a weight without zeros, among the codes as multiplied
+    UNIT: tl.constexpr = 16 if INTEGERS and BITS == 4 else 1  # of the codes as they are multiplied
+    MIDDLE: tl.constexpr = 2 ** (BITS - 1)  # what is taken from them, and the zero of a weight without zeros
+    tile_m, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    out = tile * TILE_OUT + tl.arange(0, TILE_OUT)
+    row = tl.minimum(out, outputs - 1).to(tl.int64)  # rows beyond the end repeat the last one, and are not stored
+    first = split * part
+    if not INTERPRETED:
+        prefetch_rows(w_ptr, tile * TILE_OUT, outputs, first * BYTES, blocks * BYTES, TILE_OUT, 2, WARPS)
     start_after_previous(OVERLAP)
-    out = tl.program_id(1) * TILE_OUT + tl.arange(0, TILE_OUT)
-    row = tl.minimum(out, OUT - 1).to(tl.int64)  # rows beyond the end repeat the last one, and are not stored
-    m = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
-    k = tl.arange(0, BYTES)
-    here = (m < rows)[None, :]
-    w_at = w_ptr + row[:, None] * (BLOCKS * BYTES) + k[None, :]
-    x_at = x_ptr + m[None, :].to(tl.int64) * (BLOCKS * BLOCK) + k[:, None]
-    plane = rows.to(tl.int64) * (BLOCKS * BLOCK)
+    m = tile_m * TILE_M + tl.arange(0, TILE_M)
+    w_at = w_ptr + row[:, None] * (blocks * BYTES) + tl.arange(0, BYTES)[None, :]
+    n = tl.arange(0, 2 * TILE_M if INTEGERS else TILE_M)
+    x_row = n // TILE_M * rows + tl.minimum(tile_m * TILE_M + n % TILE_M, rows - 1)
+    x_at = x_ptr + x_row[None, :].to(tl.int64) * (blocks * BLOCK) + tl.arange(0, BLOCK)[:, None]
+    scale_at, zero_at, unit_at = scale_ptr + row * groups, scale_ptr, unit_ptr + tl.minimum(m, rows - 1)
+    if HAS_ZEROS:
+        zero_at = zero_ptr + row * groups
+    scale, zero, unit, total = _of_block(
+        scale_at, zero_at, unit_at, first, rows, blocks, GROUP_BLOCKS, HAS_ZEROS, INTEGERS
+    )
     acc = tl.zeros([TILE_OUT, TILE_M], tl.float32)
-    first = tl.program_id(2) * part
-    for block in tl.range(first, tl.minimum(first + part, BLOCKS), loop_unroll_factor=UNROLL):
+    for block in tl.range(first, tl.minimum(first + part, blocks), loop_unroll_factor=UNROLL):
         codes = tl.load(w_at + block * BYTES, eviction_policy="evict_first")
+        next_scale, next_zero, next_unit, next_total = _of_block(
+            scale_at, zero_at, unit_at, block + 1, rows, blocks, GROUP_BLOCKS, HAS_ZEROS, INTEGERS
+        )  # a block ahead, so that nothing waits for them
+        operand = _less_middle(codes, x_ptr.dtype.element_ty, BITS, INTEGERS, INTERPRETED)
+        x = tl.load(x_at + block * BLOCK)
         if INTEGERS:
-            dots = _integer_dots(codes, x_at + block * BLOCK, plane, here, BITS, BYTES, INTERPRETED).to(tl.float32)
+            both = tl.dot(operand, x, out_dtype=tl.int32)  # of high bytes and of low ones
+            top, rest = tl.split(tl.permute(both.reshape([TILE_OUT, 2, TILE_M]), (0, 2, 1)))
+            dots = ((top << 8) + rest).to(tl.float32) * unit[None, :]
         else:
-            dots = _float_dots(codes, x_at + block * BLOCK, here, BITS, BYTES, INTERPRETED)
-        group = row * GROUPS + block // GROUP_BLOCKS
-        scale = tl.load(scale_ptr + group).to(tl.float32)[:, None]
-        unit_at = unit_ptr + block * rows + m
-        if INTEGERS:
-            dots = dots * tl.load(unit_at, mask=m < rows, other=0.0)[None, :]
-        if HAS_ZEROS or MIDDLE != 0:
-            sums = tl.load(unit_at + BLOCKS * rows, mask=m < rows, other=0.0)[None, :]
-            if HAS_ZEROS:
-                dots -= (tl.load(zero_ptr + group).to(tl.float32)[:, None] - TAKEN) * sums
-            else:
-                dots -= MIDDLE * sums
-        acc += scale * dots
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + row).to(tl.float32)[:, None]
-    place = (tl.program_id(2) * rows + m[None, :].to(tl.int64)) * OUT + out[:, None]
-    real = (out < OUT)[:, None] & here
-    if HAS_RESIDUAL:
-        acc += tl.load(residual_ptr + place, mask=real, other=0.0).to(tl.float32)
-    tl.store(y_ptr + place, acc.to(y_ptr.dtype.element_ty), mask=real)
-
-
-@triton.jit(do_not_specialize=["size"])
-def _sum_splits(
-    parts_ptr, bias_ptr, residual_ptr, y_ptr, size,
-    OUT: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, TILE: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
-    start_after_previous(OVERLAP)
-    i = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    at = tl.program_id(0).to(tl.int64) * OUT + i
-    y = tl.load(parts_ptr + at, mask=i < OUT, other=0.0)
-    for split in tl.static_range(1, SPLITS):
-        y += tl.load(parts_ptr + split * size.to(tl.int64) + at, mask=i < OUT, other=0.0)
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + i, mask=i < OUT, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + at, mask=i < OUT, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=i < OUT)
+            dots = tl.dot(operand, x, input_precision="ieee")
+        if HAS_ZEROS:
+            dots -= ((zero.to(tl.float32) - MIDDLE) * UNIT)[:, None] * total[None, :]
+        acc += scale.to(tl.float32)[:, None] * dots
+        scale, zero, unit, total = next_scale, next_zero, next_unit, next_total
+    acc *= 1.0 / UNIT
+    last = True
+    if SPLITS > 1:
+        SIZE: tl.constexpr = TILE_OUT * TILE_M
+        number = tile_m * tl.num_programs(1) + tile
+        at = part_ptr + number.to(tl.int64) * (SPLITS * SIZE)
+        at += tl.arange(0, TILE_M)[None, :] * TILE_OUT + tl.arange(0, TILE_OUT)[:, None]
+        tl.store(at + split * SIZE, acc)
+        last = is_last_to_arrive(arrived_ptr, number, SPLITS)
+    if last:
+        if SPLITS > 1:
+            acc = tl.load(at, cache_modifier=".cg")
+            for other in tl.static_range(1, SPLITS):
+                acc += tl.load(at + other * SIZE, cache_modifier=".cg")
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + row).to(tl.float32)[:, None]
+        place = m[None, :].to(tl.int64) * outputs + out[:, None]
+        real = (out < outputs)[:, None] & (m < rows)[None, :]
+        if HAS_RESIDUAL:
+            acc += tl.load(residual_ptr + place, mask=real, other=0.0).to(tl.float32)
+        tl.store(y_ptr + place, acc.to(y_ptr.dtype.element_ty), mask=real)

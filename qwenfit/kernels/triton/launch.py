@@ -52,6 +52,18 @@ def prefetch_line(at):
     )
 
 
+@triton.jit
+def prefetch_rows(
+    w_ptr, first, outputs, column, inputs, ROWS: tl.constexpr, LINES: tl.constexpr, WARPS: tl.constexpr
+):  # fmt: skip
+    """Ask the second-level cache for some lines of each of ROWS rows of w [outputs, inputs], from `column` on."""
+    EACH: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth  # numbers of a line
+    for i in tl.static_range((ROWS * LINES + 32 * WARPS - 1) // (32 * WARPS)):
+        line = i * 32 * WARPS + tl.arange(0, 32 * WARPS)
+        row = tl.minimum(first + line // LINES, outputs - 1).to(tl.int64)
+        prefetch_line(w_ptr + row * inputs + tl.minimum(column + line % LINES * EACH, inputs - 1))
+
+
 @functools.cache
 def _overlaps(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)

@@ -6,6 +6,8 @@ others would wait for them. The parts of a sequence are merged by the program th
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -110,6 +112,16 @@ def part_of(parts_ptr, context_ptr, part, SPLITS: tl.constexpr, TILE: tl.constex
 def arrival_counters(count: int, device: torch.device) -> torch.Tensor:
     """Where programs that share a result count themselves: all zero before and after the kernel."""
     return torch.zeros(count * ARRIVED_STRIDE.value, dtype=torch.int32, device=device)
+
+
+def shared_counters(count: int, device: torch.device) -> torch.Tensor:
+    """`arrival_counters` that kernels of one stream use one after the other."""
+    return _counters(triton.next_power_of_2(count), device)
+
+
+@functools.cache
+def _counters(count: int, device: torch.device) -> torch.Tensor:
+    return arrival_counters(count, device)
 
 
 @triton.jit

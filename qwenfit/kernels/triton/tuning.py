@@ -98,12 +98,7 @@ def _rule(kernel: str, shape: tuple[int, ...]) -> Config:
             warps *= 2
         return {"tiles": tiles, "warps": warps, "ahead": 3 - tiles}
     if kernel == "int_matmul":
-        tiles = -(-shape[2] // 64)
-        splits = next((n for n in (1, 2, 4) if n * tiles >= 3 * _cores()), 4)
-        m = min(64, max(16, 1 << (rows - 1).bit_length()))
-        if rows > 64:
-            return {"m": 128, "rows": 64, "warps": 4, "stages": 3, "splits": max(1, splits // 2), "floats": 1}
-        return {"m": m, "rows": 64, "warps": 4, "stages": 2 if m == 64 else 4, "splits": splits}
+        return _matmul_rule(*shape)
     if kernel == "decode_heads":
         if rows >= 12 * _cores():  # heads; small programs leave less of the card idle at the end
             return {"tokens": 32, "warps": 1} if shape[0] == 1 else {"tokens": 16, "warps": 2, "registers": 128}
@@ -123,3 +118,14 @@ def _tiles_rule(gated: bool, outputs: int) -> Config:
         return {"rows": tile, "columns": columns, "splits": 1, "warps": 4, "beside": beside}
     splits = next((n for n in (4, 2) if n * outputs <= 64 * cores), 1)
     return {"rows": 64, "columns": 128, "splits": splits, "warps": 4, "beside": 2}
+
+
+def _matmul_rule(bits: int, inputs: int, outputs: int, rows: int) -> Config:
+    """As many programs as a core holds at once, by splitting the inputs; fewer where a part would have few blocks."""
+    m = min(128, max(16, 1 << (rows - 1).bit_length()))
+    tiles, blocks = -(-rows // m) * -(-outputs // 64), inputs // 128
+    most = (4 if m <= 32 else 2) * _cores()
+    parts = (n for n in (8, 4, 2) if n * tiles <= most and blocks >= (4 if n * tiles <= 2 * _cores() else 7) * n)
+    floats = int(m == 128 or (m == 64 and bits == 4))
+    stages = 4 if m in (16, 64) else 3
+    return {"m": m, "rows": 64, "warps": 4, "stages": stages, "splits": next(parts, 1), "floats": floats}
