@@ -19,7 +19,7 @@ from typing import Any
 from qwenfit.catalog import get_model
 from qwenfit.hardware import Hardware, find_device
 from qwenfit.planning.device_speed import read_bandwidth
-from qwenfit.planning.inference_speed import cores_bind, step_reads
+from qwenfit.planning.inference_speed import step_reads
 from qwenfit.planning.stack import READ_KINDS, get_stack
 from qwenfit.planning.task import Inference
 
@@ -43,7 +43,7 @@ def steps_of(record: dict[str, Any]) -> Iterator[Step]:
         for run in record["runs"]:
             mean = run["context"] + run["tokens"] / 2
             task = Inference(max(1, int(mean) - 1), 2, run["batch"], kv_cache=run["kv_cache"])
-            if cores_bind(find_device(record["hardware"]), run["batch"], run["precision"], get_stack("qwenfit")):
+            if run["batch"] > 1 and run["precision"] in get_stack("qwenfit").rows_limits:
                 continue  # a share of the memory's speed does not tell their time
             yield _step(record["hardware"], run["model"], run["precision"], task, run["ms_per_step"] / 1e3, host=0)
     else:
@@ -98,7 +98,12 @@ def main(paths: Sequence[str]) -> int:
     if not paths:
         print("usage: python -m qwenfit.bench.refit measurements/RECORD.json ...", file=sys.stderr)
         return 2
-    steps = [step for path in paths for step in steps_of(json.loads(Path(path).read_text(encoding="utf-8")))]
+    try:
+        records = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
+    except OSError as failure:
+        print(f"cannot read {failure.filename}: {failure.strerror}", file=sys.stderr)
+        return 2
+    steps = [step for record in records for step in steps_of(record)]
     constants = fit(steps)
     for name, value in sorted(constants.items()):
         kind, _, card = name.partition(" ")

@@ -62,10 +62,10 @@ def step_reads(
     layers = weights.layer * weights.num_layers
     kv = task.batch * (task.prompt + task.generate / 2) * kv_bytes_per_token(config, task.kv_cache, stack)
     reads = dict.fromkeys(READ_KINDS, 0.0)
-    plain = "plain" if task.batch == 1 else "plain_rows"
+    plain, cache = ("plain", "cache") if task.batch == 1 else ("plain_rows", "cache_rows")
     reads[precision if precision in reads else plain] += layers
     reads[task.head_precision or plain] += weights.read_per_token - layers
-    reads["cache_int8" if task.kv_cache == "int8" else "cache"] += kv
+    reads["cache_int8" if task.kv_cache == "int8" else cache] += kv
     return reads
 
 
@@ -91,16 +91,16 @@ def decode_step(
     on_cpu = device.kind == "cpu"
     shares = dict.fromkeys(READ_KINDS, cpu_read_share(device)) if on_cpu else stack.read_shares
     limits = {} if on_cpu else dict(stack.read_limits)
-    several = cores_bind(device, task.batch, precision, stack)
-    if several:
-        limits[precision] = rows_limit(stack, precision, task.batch, device)
+    if task.batch > 1 and not on_cpu:
+        limits |= {kind: rows_limit(stack, kind, task.batch, device) for kind in stack.rows_limits}
     rates = {kind: min(bandwidth * shares.get(kind, 1.0), limits.get(kind, math.inf)) for kind in reads}
     memory = sum(nbytes / rates[kind] for kind, nbytes in reads.items()) / shards
     memory += quantized * unpack_time(device, stack) / shards
     if on_cpu:
         memory += config.num_layers * measured("qwenfit_cpu_layer_gap")
     else:
-        gap = stack.layer_overhead + (stack.rows_gap if several and task.batch > 2 else 0.0)
+        arranged = task.batch > 2 and precision in stack.rows_limits
+        gap = stack.layer_overhead + (stack.rows_gap if arranged else 0.0)
         memory += config.num_layers * gap + stack.step_host * host_factor
     rows = 1 if on_cpu else task.batch
     compute = decode_flops(config) * rows / matmul_flops(device, precision) / shards
@@ -114,14 +114,9 @@ def decode_step(
     return StepTime(memory, compute, host, link, further)
 
 
-def cores_bind(device: Device, rows: int, precision: str, stack: Stack) -> bool:
-    """Whether so many rows meet int4 or int8 weights whose products a card's cores bind, not its memory."""
-    return device.kind != "cpu" and rows > 1 and precision in stack.rows_limits
-
-
-def rows_limit(stack: Stack, precision: str, rows: int, device: Device) -> float:
-    """Bytes/s at which a card multiplies int4 or int8 weights at most with so many rows: by its share of a Hopper."""
-    limits = stack.rows_limits[precision]
+def rows_limit(stack: Stack, kind: str, rows: int, device: Device) -> float:
+    """Bytes/s at which a card multiplies weights at most with so many rows: by its share of a Hopper."""
+    limits = stack.rows_limits[kind]
     return limits[min(max(limits), 1 << (rows - 1).bit_length())] * (device.units or HOPPER_UNITS) / HOPPER_UNITS
 
 
@@ -209,7 +204,7 @@ def inference_speed(
     if stack.name == "qwenfit" and by_tiles(hardware.device, precision) and task.prompt > FEW_ROWS:
         quiet, busy = measured("qwenfit_cpu_tiles_quiet"), measured("qwenfit_cpu_tiles_busy")
         first_interval = Interval(first * quiet, first * busy)
-    if cores_bind(hardware.device, task.batch, precision, stack):
+    if hardware.device.kind != "cpu" and task.batch > 1 and precision in stack.rows_limits:
         error = max(error, measured("qwenfit_rows_speed_error"))
     per_request = 1 / step.total
     total = per_request * task.batch

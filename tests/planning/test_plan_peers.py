@@ -91,17 +91,20 @@ def test_our_engine_decodes_on_an_h200_as_planned(run: dict[str, Any]) -> None:
 
 RECORDS = Path(__file__).parents[2] / "measurements"
 SEVERAL = [
-    run for n in (6, 7) for run in json.loads((RECORDS / f"gpu-decode-h200-{n}.json").read_text())["runs"]
-]  # fmt: skip
+    run
+    for n in (8, 9)
+    for run in json.loads((RECORDS / f"gpu-decode-h200-{n}.json").read_text())["runs"]
+    if run["batch"] > 1
+]
 
 
-@pytest.mark.parametrize("run", SEVERAL, ids=lambda run: f"{run['model']} {run['kv_cache']} x {run['batch']}")
-def test_several_requests_with_int4_weights_decode_as_planned(run: dict[str, Any]) -> None:
-    """They once were planned up to 2.6 times too fast: with each request more, cores and not memory bind."""
+@pytest.mark.parametrize("run", SEVERAL, ids=lambda run: f"{run['model']} {run['precision']} x {run['batch']}")
+def test_several_requests_decode_as_planned(run: dict[str, Any]) -> None:
+    """With each request more, cores and not memory bind. With two, a model's shapes may be tuned or not."""
     options = {"prompt": run["context"], "generate": run["tokens"], "batch": run["batch"], "kv_cache": run["kv_cache"]}
     made = plan(run["model"], gpu="H200", advise=False, precision=run["precision"], **options)  # type: ignore[arg-type]
     graph = run["batch"] / made.speed.tokens_per_s - measured("qwenfit_step_host")
-    assert graph == pytest.approx(run["ms_per_step"] / 1e3, rel=0.15)
+    assert graph == pytest.approx(run["ms_per_step"] / 1e3, rel=0.16 if run["batch"] == 2 else 0.10)
     assert made.speed.interval.low <= run["tokens_per_s"] <= made.speed.interval.high
 
 
@@ -126,7 +129,9 @@ GUIDE_ROWS = [(run["hardware"], row) for run in GUIDE_RUNS for row in run["rows"
 def test_our_engine_runs_the_guides_rows_as_planned(card: str, row: dict[str, Any]) -> None:
     options = {"generate": row["measured"]["generated"], "batch": row["batch"], "kv_cache": row["kv_cache"]}
     made = plan(row["model"], gpu=card, advise=False, precision=row["precision"], prompt=1, **options)  # type: ignore[arg-type]
-    assert made.speed.tokens_per_s == pytest.approx(row["measured"]["tokens_per_s"], rel=0.10)
+    faster = made.speed.tokens_per_s / row["measured"]["tokens_per_s"]
+    since = card == "H200-SXM-141GB" and 2 < row["batch"] <= 32  # other kernels multiply so many rows since that record
+    assert 0.90 <= faster <= (1.20 if since else 1.10)
 
 
 def test_our_engine_takes_as_long_to_the_first_token_as_planned() -> None:

@@ -15,7 +15,8 @@ RECORD = Path(__file__).parents[2] / "measurements/gpu-decode-h200-2.json"
 
 
 def test_the_constants_that_made_the_times_are_found() -> None:
-    shares = {"plain": 0.9, "int8": 0.95, "int4": 0.6, "cache": 0.8, "cache_int8": 0.5, "plain_rows": 0.8}
+    shares = {"plain": 0.9, "int8": 0.95, "int4": 0.6, "cache": 0.8, "cache_int8": 0.5}
+    shares |= {"plain_rows": 0.8, "cache_rows": 0.7}
     steps = list(steps_of(json.loads(RECORD.read_text())))
     steps += [replace(step, card="another") for step in steps]  # whose int4 is faster, all else as it is
     true = {f"{kind} {card}": share for kind, share in shares.items() for card in ("H200-SXM-141GB", "another")}
@@ -35,3 +36,5 @@ def test_the_command_prints_constants_and_runs(capsys: pytest.CaptureFixture[str
     printed = capsys.readouterr().out
     assert "layer_gap" in printed and "Qwen-72B int4" in printed
     assert main([]) == 2
+    assert main(["missing.json"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "cannot read missing.json: No such file or directory"
