@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from tests.kernels.test_triton_int_matvec import quantized
 from tests.kernels.triton_cases import DEVICE, error, poisoned, random
 
 pytest.importorskip("triton")
+from qwenfit.kernels.triton import tuning
 from qwenfit.kernels.triton.arrange import LARGEST, arrange, arrange_reference
 from qwenfit.kernels.triton.bf16_matvec import bf16_matvec_reference
 from qwenfit.kernels.triton.dequantise import dequantised, dequantised_reference
@@ -27,6 +30,17 @@ CASES = [
     (8, 16, 96, 32, "fractions"),
     (4, 40, 640, 128, "whole"),
 ]
+
+
+@pytest.fixture
+def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Few programs, which the interpreter runs one after the other."""
+    rule = tuning._rule
+    wide = {"int_matvec": {"rows": 32}, "bf16_matvec": {"rows": 8}}
+    monkeypatch.setattr(tuning, "_rule", lambda kernel, shape: rule(kernel, shape) | wide.get(kernel, {}))
+    tuning._lookup.cache_clear()
+    yield
+    tuning._lookup.cache_clear()
 
 
 def packed_weight(bits: int, out: int, inputs: int, group: int, zeros: str, permuted: bool = False) -> BlockedWeight:
@@ -83,6 +97,7 @@ def test_many_rows_times_an_integer_weight(
     assert error(plain, int_matmul_reference(x, packed)) < 1e-4
 
 
+@pytest.mark.usefixtures("wide_tiles")
 def test_a_product_of_any_number_of_rows() -> None:
     """Whatever path a number of rows takes; a block of 16 bytes a row has no path by bytes."""
     for group, rows in ((128, 3), (128, 7), (128, 70), (32, 7)):
@@ -94,6 +109,7 @@ def test_a_product_of_any_number_of_rows() -> None:
         assert error(product(x, packed, None, None, norm, gated=True), expected) < 1e-4
 
 
+@pytest.mark.usefixtures("wide_tiles")
 @pytest.mark.parametrize("rows", [2, 6])
 def test_sums_and_logits_in_float32_are_never_rounded_to_less(rows: int) -> None:
     """Of a model in bfloat16: x with a norm, a residual, and logits may be float32."""
@@ -107,20 +123,21 @@ def test_sums_and_logits_in_float32_are_never_rounded_to_less(rows: int) -> None
     logits = product(hidden, weight, norm=norm, dtype=torch.float32, out=poisoned(rows, 24))
     assert logits.dtype == torch.float32
     assert error(logits, bf16_matvec_reference(hidden, weight, None, None, norm)) < (5e-3 if rows > 4 else 1e-5)
-    packed, hidden, norm = packed_weight(4, 128, 128, 64, "middle"), random(rows, 128), norm[:128]
-    down = product(random(rows, 128, dtype=torch.bfloat16), packed, None, random(rows, 128))
+    packed, hidden, norm = packed_weight(4, 64, 64, 64, "middle"), random(rows, 64), norm[:64]
+    down = product(random(rows, 64, dtype=torch.bfloat16), packed, None, random(rows, 64))
     assert down.dtype == torch.float32
-    gate_up = packed_weight(4, 256, 128, 64, "middle")
+    gate_up = packed_weight(4, 128, 64, 64, "middle")
     inner = int_matvec_reference(hidden, gate_up, None, None, norm.float(), gated=True)
     expected = int_matvec_reference(inner, packed, None, hidden)
     assert error(mlp(hidden.clone(), gate_up, packed, norm, 1e-6), expected) < 1e-2
 
 
+@pytest.mark.usefixtures("wide_tiles")
 @pytest.mark.parametrize("rows", [2, 6, 260])
 def test_feed_forward(rows: int) -> None:
-    gate_up = packed_weight(4, 192, 128, 64, "middle")
-    down = packed_weight(8, 128, 96, 32, "whole", permuted=True)
-    x, norm = random(rows, 128), random(128)
+    gate_up = packed_weight(4, 192, 64, 64, "middle")
+    down = packed_weight(8, 64, 96, 32, "whole", permuted=True)
+    x, norm = random(rows, 64), random(64)
     inner = int_matvec_reference(x, gate_up, None, None, norm, gated=True)
     assert error(mlp(x.clone(), gate_up, down, norm, 1e-6), int_matvec_reference(inner, down, None, x)) < 1e-4
 
