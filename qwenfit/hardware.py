@@ -154,7 +154,7 @@ def find_device(name: str) -> Device:
         if cpu is not None:
             return cpu
     if not found:
-        near = [device.name for device in same] or nearest(name, _all_names(), 4) or nearest(base, _all_names(), 4)
+        near = [device.name for device in same] or _nearest_names(base)
         hint = f"Did you mean {', '.join(near)}?" if near else "Names look like 'RTX 3090' or A100-SXM4-80GB."
         raise NotFound(f"The catalog has no device named {name!r}.", hint)
     if len({device.memory_bytes for device in found}) > 1:
@@ -210,8 +210,10 @@ def _narrow(devices: Sequence[Device], form: str, gib: int | None) -> Sequence[D
     return devices
 
 
-def _all_names() -> list[str]:
-    return [*dict.fromkeys(device.name for device in all_devices()), *cpu_names()]
+def _nearest_names(base: str) -> list[str]:
+    """The devices and CPU platforms whose bare names are closest to `base`."""
+    names = {key: devices[0].name for key, devices in _index().items()} | {_split(cpu)[0]: cpu for cpu in cpu_names()}
+    return list(dict.fromkeys(names[key] for key in nearest(base, list(names), 4)))
 
 
 def _gpu(row: dict[str, str], size: str) -> Device:

@@ -147,6 +147,8 @@ def test_a_memory_size_is_never_guessed(name: str) -> None:
         ("A10G", "A10"),
         ("RTX 4090 48GB", "RTX 4090"),
         ("RTX 3060 Laptop GPU", "3060"),
+        ("H2000", "H200-SXM-141GB"),
+        ("EPYC 700", "EPYC 7003"),
     ],
 )
 def test_an_unknown_card_is_not_taken_for_another(name: str, near: str) -> None:

@@ -237,7 +237,8 @@ def _faster_inference(plan: Plan, task: Inference) -> list[Advice]:
         )
         other = try_replan(plan, task=replace(task, kv_cache="int8"))
         _advise(found, "quantize the KV cache to int8", why, plan, other)
-    if plan.stack != "vllm" and (plan.parallel == "layers" or task.batch > 1):
+    alone = task.batch > 1 and not get_stack(plan.stack).paged  # software that takes requests as they are
+    if plan.stack != "vllm" and (plan.parallel == "layers" or alone):
         other = try_replan(plan, stack="vllm")
         if other and other.speed.tokens_per_s > 1.05 * pace:
             why = (

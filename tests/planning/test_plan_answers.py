@@ -182,6 +182,7 @@ def test_the_guides_recommendations_are_given_where_they_apply() -> None:
     )
     assert "use the vllm stack" in said(model="Qwen-72B", gpus=2, **old)
     assert "use the vllm stack" in said(model="Qwen-7B", batch=8, **old)
+    assert "vllm" not in said(model="Qwen2.5-7B", gpu="H200", batch=256)  # our engine does the same
     assert "use ZeRO-3" in said(model="Qwen-72B", task="lora", gpus=4, **old)
     between = {"gpus": 8, "nodes": 2, "gpu": "A100-SXM4-80GB"}
     assert "use ZeRO-2 between nodes" in said(model="Qwen-7B", task="lora", zero=3, **between)

@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qwenfit.kernels.triton.launch import INTERPRETED, options, prefetch_rows, start_after_previous
-from qwenfit.kernels.triton.parts import is_last_to_arrive, shared_counters
+from qwenfit.kernels.triton.parts import shared_counters, sum_parts
 from qwenfit.kernels.triton.tuning import tuned
 
 _SHARED = 220 << 10  # bytes of a core for tiles
@@ -47,8 +47,8 @@ def bf16_tiles(
     """`bf16_matvec_reference` without a norm, for at most 64 contiguous rows: one kernel. `out` may be `residual`.
 
     `config`: `rows` of the weight in a program's tile (each of a gate's halves has so many), `columns` of a tile, the
-    `splits` of the columns among programs, whose sums the last one adds in order, `warps`, and how many programs a core
-    is to hold `beside` each other: they share the memory for tiles.
+    `splits` of the columns among programs, whose sums the last one adds in order (1 with a gate), `warps`, and how many
+    programs a core is to hold `beside` each other: they share the memory for tiles.
     """
     rows, (out_features, in_features) = x.shape[0], weight.shape
     outputs = out_features // (2 if gated else 1)
@@ -105,15 +105,8 @@ def _bf16_tiles(
             up = _dot(w.load([outputs + first, step * COLUMNS]), columns, up, INTERPRETED)
     last = True
     if SPLITS > 1:
-        SIZE: tl.constexpr = TILE_OUT * TILE_M
-        at = part_ptr + tile * (SPLITS * SIZE) + m * TILE_OUT + tl.arange(0, TILE_OUT)[:, None]
-        tl.store(at + split * SIZE, y)
-        last = is_last_to_arrive(arrived_ptr, tile, SPLITS)
+        y, last = sum_parts(y, part_ptr, arrived_ptr, tile, split, SPLITS)
     if last:
-        if SPLITS > 1:
-            y = tl.load(at, cache_modifier=".cg")
-            for other in tl.static_range(1, SPLITS):
-                y += tl.load(at + other * SIZE, cache_modifier=".cg")
         if HAS_BIAS:
             y += tl.load(bias_ptr + output, mask=output < outputs, other=0.0).to(tl.float32)
         if GATED:

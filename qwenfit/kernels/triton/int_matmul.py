@@ -1,9 +1,10 @@
 """Products of activation rows with an int4 or int8 weight by the tensor cores, a block of columns at a time.
 
-For some rows codes go to the tensor cores as they are: an int4 byte is split by one mask and one shift, an int8 code
-has its highest bit turned, and no code becomes a float. The activations are integers of 16 bits (arrange.py), so a
-block takes two exact products, of high and of low bytes. For many rows a code becomes a float less its middle, which
-bfloat16 holds exactly, for one product. The scale comes after either: no weight is ever rounded.
+For some rows codes go to the tensor cores as bytes: the halves of an int4 byte, each less 8 and times 16, take three
+instructions for four bytes, an int8 code has its highest bit turned, and no code becomes a float. The activations are
+integers of 16 bits (arrange.py), whose high and low bytes stand beside each other in one exact product. For many rows a
+code becomes a float less its middle, which bfloat16 holds exactly. The scale comes after either: no weight is ever
+rounded. What a block is scaled with is asked for while the block before is multiplied.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import triton.language as tl
 from qwenfit.kernels.triton.arrange import Arranged
 from qwenfit.kernels.triton.int_matvec import BlockedWeight, finish, unpack_blocked
 from qwenfit.kernels.triton.launch import INTERPRETED, options, prefetch_rows, start_after_previous
-from qwenfit.kernels.triton.parts import is_last_to_arrive, shared_counters
+from qwenfit.kernels.triton.parts import shared_counters, sum_parts
 from qwenfit.kernels.triton.tuning import tuned
 
 
@@ -241,17 +242,9 @@ def _int_matmul(
     acc *= 1.0 / UNIT
     last = True
     if SPLITS > 1:
-        SIZE: tl.constexpr = TILE_OUT * TILE_M
         number = tile_m * tl.num_programs(1) + tile
-        at = part_ptr + number.to(tl.int64) * (SPLITS * SIZE)
-        at += tl.arange(0, TILE_M)[None, :] * TILE_OUT + tl.arange(0, TILE_OUT)[:, None]
-        tl.store(at + split * SIZE, acc)
-        last = is_last_to_arrive(arrived_ptr, number, SPLITS)
+        acc, last = sum_parts(acc, part_ptr, arrived_ptr, number, split, SPLITS)
     if last:
-        if SPLITS > 1:
-            acc = tl.load(at, cache_modifier=".cg")
-            for other in tl.static_range(1, SPLITS):
-                acc += tl.load(at + other * SIZE, cache_modifier=".cg")
         if HAS_BIAS:
             acc += tl.load(bias_ptr + row).to(tl.float32)[:, None]
         place = m[None, :].to(tl.int64) * outputs + out[:, None]

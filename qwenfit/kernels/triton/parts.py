@@ -135,6 +135,24 @@ def is_last_to_arrive(arrived_ptr, counter, count):
 
 
 @triton.jit
+def sum_parts(y, part_ptr, arrived_ptr, tile, split, SPLITS: tl.constexpr):
+    """What SPLITS programs found of a tile [N, M], added in order, and whether this program is the last to arrive.
+
+    Only for that one the sum is there. Parts float32, those of a tile beside each other.
+    """
+    SIZE: tl.constexpr = y.shape[0] * y.shape[1]
+    at = part_ptr + tile.to(tl.int64) * (SPLITS * SIZE)
+    at += tl.arange(0, y.shape[1])[None, :] * y.shape[0] + tl.arange(0, y.shape[0])[:, None]
+    tl.store(at + split * SIZE, y)
+    last = is_last_to_arrive(arrived_ptr, tile, SPLITS)
+    if last:
+        y = tl.load(at, cache_modifier=".cg")
+        for other in tl.static_range(1, SPLITS):
+            y += tl.load(at + other * SIZE, cache_modifier=".cg")
+    return y, last
+
+
+@triton.jit
 def merge_parts(
     partial_ptr, lse_ptr, out_ptr, place, row_head, used,
     MOST: tl.constexpr, AT_ONCE: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr,
