@@ -43,15 +43,20 @@ def steps_of(record: dict[str, Any]) -> Iterator[Step]:
         for run in record["runs"]:
             mean = run["context"] + run["tokens"] / 2
             task = Inference(max(1, int(mean) - 1), 2, run["batch"], kv_cache=run["kv_cache"])
-            if run["batch"] > 1 and run["precision"] in get_stack("qwenfit").rows_limits:
-                continue  # a share of the memory's speed does not tell their time
+            if not _told_by_shares(run):
+                continue
             yield _step(record["hardware"], run["model"], run["precision"], task, run["ms_per_step"] / 1e3, host=0)
     else:
         for row in record["rows"]:
-            if row["measured"] is not None:
+            if row["measured"] is not None and _told_by_shares(row):
                 task = Inference(1, row["measured"]["generated"], row["batch"], kv_cache=row["kv_cache"])
                 seconds = row["batch"] / row["measured"]["tokens_per_s"]
                 yield _step(record["hardware"], row["model"], row["precision"], task, seconds, host=1)
+
+
+def _told_by_shares(run: dict[str, Any]) -> bool:
+    """Whether shares of the memory's speed tell the step's time: of few requests, or one with int4 or int8 weights."""
+    return run["batch"] == 1 or (run["batch"] <= 16 and run["precision"] not in get_stack("qwenfit").rows_limits)
 
 
 def _step(card: str, model: str, precision: str, task: Inference, seconds: float, host: int) -> Step:

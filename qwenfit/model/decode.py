@@ -1,4 +1,4 @@
-"""A decoding step on a GPU: one new token a sequence, in five kernels a layer or six, on buffers that stay in place.
+"""A decoding step on a GPU: one new token a sequence, in five to ten kernels a layer, on buffers that stay in place.
 
 Nothing in it depends on the host, so a CUDA graph can record it once and replay it for every token.
 """
@@ -35,7 +35,7 @@ class DecodeStep:
         self._inverse = self._frequencies(1.0).repeat(batch, 1)  # float32 [batch, head_dim / 2]
         self._cos = torch.empty(batch, 1, config.head_dim, device=device)
         self._sin = torch.empty(batch, 1, config.head_dim, device=device)
-        # What the layers add up is float32, but for the matrix-vector kernels, which round nothing else.
+        # What the layers add up is float32, but for one or two rows, whose kernels round nothing else.
         self._hidden = None
         if batch > INT_MATVEC_ROWS:
             self._hidden = torch.empty(batch, config.hidden_size, device=device)

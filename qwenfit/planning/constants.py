@@ -229,15 +229,20 @@ _LIMIT = "measurements/rows-h200-*.json and gpu-decode-h200-5.json: what the sha
 _CPU = "measurements/decode-amd-epyc-*.json and compare-amd-epyc-*.json: 0.5B to 7B on two Zen 3 cores"
 _CPU_TILES = "measurements/prefill-*.json: 0.5B to 3B, 32 to 512 tokens, on two Emerald Rapids cores"
 _CPU_TRAIN = "one step of LoRA on Qwen2.5-0.5B, 256 tokens, bf16 and fp32, one core of Emerald Rapids, by its profile"
-_ROWS = "gpu-decode-h200-8 and -9, gpu-tiles-h200 (steps of 2 to 256 sequences), gpu-matmul-h200-2 (products alone)"
-# Bytes/s at which weights are multiplied at most with so many requests at once, rounded up to a power of two: what a
-# Hopper's cores take. Above 256 int4 and int8 weights are unpacked first.
-ROWS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
+_ROWS = "gpu-decode-h200-8 and -9, gpu-tiles-h200 (steps of 2 to 256 sequences), gpu-matmul-h200-2; 512: estimated"
+# Bytes/s at which weights are multiplied at most with up to so many requests at once: what a Hopper's cores take. Above
+# 256 int4 and int8 weights are unpacked first.
 ROWS_LIMITS = {  # by kind of READ_KINDS (planning/stack.py)
-    "plain_rows": (3.66e12, 3.66e12, 3.66e12, 3.66e12, 3.5e12, 3.4e12, 3.14e12, 2.2e12, 1.2e12),
-    "int4": (2.0e12, 2.0e12, 2.15e12, 2.1e12, 1.65e12, 1.1e12, 0.72e12, 0.44e12, 0.2e12),
-    "int8": (2.78e12, 2.94e12, 3.16e12, 3.16e12, 2.75e12, 1.7e12, 1.0e12, 0.62e12, 0.4e12),
-}
+    "plain_rows": {128: 3.14e12, 256: 2.2e12, 512: 1.2e12},
+    "int4": {
+        2: 2.02e12, 4: 2.0e12, 8: 2.15e12, 16: 2.1e12, 32: 1.65e12, 64: 1.1e12, 128: 0.72e12, 256: 0.44e12,
+        512: 0.2e12,
+    },
+    "int8": {
+        2: 2.78e12, 4: 2.94e12, 8: 3.16e12, 16: 3.16e12, 32: 2.75e12, 64: 1.7e12, 128: 1.0e12, 256: 0.62e12,
+        512: 0.4e12,
+    },
+}  # fmt: skip
 MEASURED: dict[str, Constant] = {
     c.name: c
     for c in (
@@ -246,12 +251,11 @@ MEASURED: dict[str, Constant] = {
                 f"qwenfit_rows_{kind}_{rows}",
                 limit,
                 "bytes/s",
-                f"{'16-bit' if kind == 'plain_rows' else kind} weights with "
-                f"{f'up to {rows}' if rows <= 256 else 'more than 256'} requests at once",
+                f"{'16-bit' if kind == 'plain_rows' else kind} weights with {rows} requests at once",
                 _ROWS,
             )
             for kind, limits in ROWS_LIMITS.items()
-            for rows, limit in zip(ROWS, limits, strict=True)
+            for rows, limit in limits.items()
         ),
         Constant(
             "qwenfit_rows_gap",
@@ -264,28 +268,27 @@ MEASURED: dict[str, Constant] = {
             "qwenfit_rows_speed_error",
             0.25,
             "relative",
-            "half-width of the speed interval of several requests with int4 or int8 weights",
-            "the same records, within 16 %; no card but a Hopper was measured",
+            "half-width of the speed interval of several requests with int4 or int8 weights, and of more than 256",
+            "the same records, within 16 %; no card but a Hopper was measured, nor more than 256",
         ),
         Constant("qwenfit_read_plain", 0.983, "of a plain read", "16-bit weights in a decode step", _DECODE),
         Constant(
-            "qwenfit_read_plain_rows", 0.85, "of a plain read", "16-bit weights for several requests at once", _ROWS
+            "qwenfit_read_plain_rows", 0.85, "of a plain read", "16-bit weights for 2 to 16 requests at once", _ROWS
         ),
+        Constant("qwenfit_read_plain_64", 0.79, "of a plain read", "16-bit weights for 64 requests at once", _ROWS),
         Constant("qwenfit_read_int8", 0.963, "of a plain read", "int8 weights in a decode step", _DECODE),
         Constant("qwenfit_read_int4", 0.912, "of a plain read", "int4 weights in a decode step", _DECODE),
         Constant("qwenfit_read_cache", 0.876, "of a plain read", "a 16-bit KV cache in a decode step", _DECODE),
-        Constant("qwenfit_read_cache_rows", 0.9, "of a plain read", "a 16-bit KV cache of several requests", _ROWS),
         Constant("qwenfit_read_cache_int8", 0.762, "of a plain read", "an int8 KV cache in a decode step", _DECODE),
         Constant("qwenfit_limit_int8", 3.86e12, "bytes/s", "int8 weights on faster memory: a Hopper's cores", _LIMIT),
         Constant("qwenfit_limit_int4", 3.64e12, "bytes/s", "int4 weights on faster memory: a Hopper's cores", _LIMIT),
         Constant("qwenfit_limit_cache", 3.73e12, "bytes/s", "a 16-bit cache on faster memory", _LIMIT),
-        Constant("qwenfit_limit_cache_rows", 3.9e12, "bytes/s", "the same for several requests", _ROWS),
         Constant("qwenfit_limit_cache_int8", 2.71e12, "bytes/s", "an int8 cache on faster memory", _LIMIT),
         Constant(
             "qwenfit_layer_gap",
             11.6e-6,
             "s per layer and step",
-            "what the five or six kernels of a layer take beyond their bytes, in a CUDA graph",
+            "what the kernels of a layer take beyond their bytes, in a CUDA graph",
             _DECODE,
         ),
         Constant(

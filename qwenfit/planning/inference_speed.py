@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -62,10 +63,10 @@ def step_reads(
     layers = weights.layer * weights.num_layers
     kv = task.batch * (task.prompt + task.generate / 2) * kv_bytes_per_token(config, task.kv_cache, stack)
     reads = dict.fromkeys(READ_KINDS, 0.0)
-    plain, cache = ("plain", "cache") if task.batch == 1 else ("plain_rows", "cache_rows")
+    plain = "plain" if task.batch == 1 else "plain_rows"
     reads[precision if precision in reads else plain] += layers
     reads[task.head_precision or plain] += weights.read_per_token - layers
-    reads["cache_int8" if task.kv_cache == "int8" else cache] += kv
+    reads["cache_int8" if task.kv_cache == "int8" else "cache"] += kv
     return reads
 
 
@@ -91,9 +92,12 @@ def decode_step(
     on_cpu = device.kind == "cpu"
     shares = dict.fromkeys(READ_KINDS, cpu_read_share(device)) if on_cpu else stack.read_shares
     limits = {} if on_cpu else dict(stack.read_limits)
-    if task.batch > 1 and not on_cpu:
-        limits |= {kind: rows_limit(stack, kind, task.batch, device) for kind in stack.rows_limits}
+    several = task.batch > 1 and not on_cpu and bool(stack.rows_limits)
+    if several:
+        limits |= {kind: rows_limit(stack, kind, task.batch, device) for kind in ("int4", "int8")}
     rates = {kind: min(bandwidth * shares.get(kind, 1.0), limits.get(kind, math.inf)) for kind in reads}
+    if several:
+        rates["plain_rows"] = plain_rows_rate(stack, task.batch, device)
     memory = sum(nbytes / rates[kind] for kind, nbytes in reads.items()) / shards
     memory += quantized * unpack_time(device, stack) / shards
     if on_cpu:
@@ -115,9 +119,25 @@ def decode_step(
 
 
 def rows_limit(stack: Stack, kind: str, rows: int, device: Device) -> float:
-    """Bytes/s at which a card multiplies weights at most with so many rows: by its share of a Hopper."""
+    """Bytes/s at which a card multiplies int4 or int8 weights at most with so many rows: by its share of a Hopper."""
     limits = stack.rows_limits[kind]
     return limits[min(max(limits), 1 << (rows - 1).bit_length())] * (device.units or HOPPER_UNITS) / HOPPER_UNITS
+
+
+def plain_rows_rate(stack: Stack, rows: int, device: Device) -> float:
+    """Bytes/s at which 16-bit weights are multiplied with so many rows; seconds are linear between what was measured.
+
+    Up to 64 rows a share of the memory's speed; from then on no faster than a card's cores, by its share of a Hopper.
+    """
+    bandwidth, scale = read_bandwidth(device, stack), (device.units or HOPPER_UNITS) / HOPPER_UNITS
+    few, some = bandwidth * stack.read_shares["plain_rows"], bandwidth * stack.share_of_64
+    many = [(count, min(some, limit * scale)) for count, limit in stack.rows_limits["plain_rows"].items()]
+    rates = [(1, few), (16, few), (64, some), *many]
+    for (count, rate), (next_count, next_rate) in itertools.pairwise(rates):
+        if rows <= next_count:
+            part = (rows - count) / (next_count - count)
+            return 1 / ((1 - part) / rate + part / next_rate)
+    return rates[-1][1]
 
 
 def further_seconds(config: ModelConfig, device: Device, batch: int, precision: str) -> float:
@@ -204,7 +224,7 @@ def inference_speed(
     if stack.name == "qwenfit" and by_tiles(hardware.device, precision) and task.prompt > FEW_ROWS:
         quiet, busy = measured("qwenfit_cpu_tiles_quiet"), measured("qwenfit_cpu_tiles_busy")
         first_interval = Interval(first * quiet, first * busy)
-    if hardware.device.kind != "cpu" and task.batch > 1 and precision in stack.rows_limits:
+    if hardware.device.kind != "cpu" and (task.batch > 256 or (task.batch > 1 and precision in stack.rows_limits)):
         error = max(error, measured("qwenfit_rows_speed_error"))
     per_request = 1 / step.total
     total = per_request * task.batch

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from qwenfit.errors import UsageError, nearest
-from qwenfit.planning.constants import ROWS, ROWS_LIMITS, fitted, measured, read
+from qwenfit.planning.constants import ROWS_LIMITS, fitted, measured, read
 
-# What a decode step reads: weights by precision ("plain": 16 bits), KV cache; "_rows": of several requests.
-READ_KINDS = ("plain", "plain_rows", "int8", "int4", "cache", "cache_rows", "cache_int8")
+# What a decode step reads: weights by precision ("plain": 16 bits for one request, "plain_rows" for several), KV cache.
+READ_KINDS = ("plain", "plain_rows", "int8", "int4", "cache", "cache_int8")
 LIMITED = READ_KINDS[2:]  # those that a fast memory brings faster than a card's cores take them
 
 
@@ -36,7 +36,8 @@ class Stack:
     tensor_parallel: bool = False
     read_shares: dict[str, float] = field(default_factory=dict)  # of a plain read, by kind (inference_speed); else 1
     read_limits: dict[str, float] = field(default_factory=dict)  # bytes/s that the cores take at most, by kind
-    rows_limits: dict[str, dict[int, float]] = field(default_factory=dict)  # the same for so many requests
+    rows_limits: dict[str, dict[int, float]] = field(default_factory=dict)  # the same, for up to so many
+    share_of_64: float = 1.0  # of a plain read, of 16-bit weights for 64 requests
     rows_gap: float = 0.0  # s per layer and step more with int4 and int8 weights, from 3 requests on
     step_host: float = 0.0  # s per step that the host adds to the device's time
     prompt_host: float = 0.0  # s per prompt that the host adds to the device's time
@@ -65,7 +66,10 @@ STACKS: dict[str, Stack] = {
             tensor_parallel=False,
             read_shares={k: measured(f"qwenfit_read_{k}") for k in READ_KINDS},
             read_limits={k: measured(f"qwenfit_limit_{k}") for k in LIMITED},
-            rows_limits={k: {n: measured(f"qwenfit_rows_{k}_{n}") for n in ROWS} for k in ROWS_LIMITS},
+            rows_limits={
+                k: {n: measured(f"qwenfit_rows_{k}_{n}") for n in limits} for k, limits in ROWS_LIMITS.items()
+            },
+            share_of_64=measured("qwenfit_read_plain_64"),
             rows_gap=measured("qwenfit_rows_gap"),
             step_host=measured("qwenfit_step_host"),
             prompt_host=measured("qwenfit_prompt_host"),

@@ -177,3 +177,22 @@ def test_few_rows_a_lane_at_a_time(
     assert error(y, int_matvec_reference(x, packed, bias, residual, norm, 1e-5, gated)) < 1e-4
     plain = int_lanes(arranged, packed, None, None, gated, torch.float32, poisoned(rows, outputs), config)
     assert error(plain, int_matvec_reference(x, packed, None, None, norm, 1e-5, gated)) < 1e-4
+
+
+@pytest.mark.parametrize("rows", [6, 40])
+def test_a_gate_may_have_a_residual_and_another_type(rows: int) -> None:
+    packed = packed_weight(8, 16, 64, 64, "middle")
+    x, residual = random(rows, 64, dtype=torch.bfloat16), random(rows, 8)
+    expected = int_matvec_reference(x.float(), packed, None, residual, gated=True)
+    assert error(product(x, packed, None, residual.clone(), gated=True), expected) < 1e-2
+    weight = random(16, 64, dtype=torch.bfloat16)
+    wide = product(x, weight, gated=True, dtype=torch.float32)
+    assert wide.dtype == torch.float32
+    assert error(wide, bf16_matvec_reference(x.float(), weight, gated=True)) < 2e-2
+
+
+def test_many_rows_of_bfloat16() -> None:
+    """Which are multiplied as floats."""
+    packed = packed_weight(4, 24, 256, 128, "fractions")
+    x = random(70, 256, dtype=torch.bfloat16)
+    assert error(product(x, packed, dtype=None), int_matvec_reference(x, packed)) < 6e-3

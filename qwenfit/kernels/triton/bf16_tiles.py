@@ -47,15 +47,15 @@ def bf16_tiles(
     """`bf16_matvec_reference` without a norm, for at most 64 contiguous rows: one kernel. `out` may be `residual`.
 
     `config`: `rows` of the weight in a program's tile (each of a gate's halves has so many), `columns` of a tile, the
-    `splits` of the columns among programs, whose sums the last one adds in order (1 with a gate), `warps`, and how many
-    programs a core is to hold `beside` each other: they share the memory for tiles.
+    `splits` of the columns among programs, whose sums the last one adds in order (none with a gate), `warps`, and how
+    many programs a core is to hold `beside` each other: they share the memory for tiles.
     """
     rows, (out_features, in_features) = x.shape[0], weight.shape
     outputs = out_features // (2 if gated else 1)
     if out is None:
         out = torch.empty(rows, outputs, dtype=dtype or x.dtype, device=x.device)
     config = config or tuned("bf16_tiles", (int(gated), in_features, out_features, rows))
-    tile, columns, splits = config["rows"], config["columns"], config["splits"]
+    tile, columns, splits = config["rows"], config["columns"], 1 if gated else config["splits"]
     m = max(16, 1 << (rows - 1).bit_length())
     tiles = triton.cdiv(outputs, tile)
     parts = arrived = None

@@ -1,4 +1,4 @@
-"""Residual addition and RMSNorm in one pass, for more rows than the matrix-vector kernels take."""
+"""Residual addition and RMSNorm in one pass, for kernels that have no norm of their own."""
 
 from __future__ import annotations
 

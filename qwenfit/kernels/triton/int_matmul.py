@@ -55,7 +55,9 @@ def int_matmul(
     if out is None:
         out = torch.empty(rows, weight.out_features, dtype=dtype, device=x.units.device)
     config = config or _tuned(weight, rows)
-    tile_m, tile_out, splits = config["m"], config["rows"], config.get("splits", 1)
+    tile_m, tile_out, splits, stages = config["m"], config["rows"], config.get("splits", 1), config.get("stages", 4)
+    if x.values.dtype == torch.float32:  # of which a core holds half as much
+        tile_m, stages = min(64, tile_m), 2
     blocks, tiles = x.units.shape[1], (triton.cdiv(rows, tile_m), triton.cdiv(weight.out_features, tile_out))
     parts = arrived = None
     if splits > 1:
@@ -67,7 +69,7 @@ def int_matmul(
         BLOCK=weight.block, BITS=weight.bits, GROUP_BLOCKS=max(1, weight.group_size // weight.block),
         HAS_ZEROS=weight.zeros is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         TILE_M=tile_m, TILE_OUT=tile_out, SPLITS=splits, UNROLL=config.get("unroll", 1), WARPS=config["warps"],
-        INTEGERS=x.integers, INTERPRETED=INTERPRETED, num_warps=config["warps"], num_stages=config.get("stages", 4),
+        INTEGERS=x.integers, INTERPRETED=INTERPRETED, num_warps=config["warps"], num_stages=stages,
         **options(x.units),
     )  # fmt: skip
     return out
@@ -234,6 +236,8 @@ def _int_matmul(
             top, rest = tl.split(tl.permute(both.reshape([TILE_OUT, 2, TILE_M]), (0, 2, 1)))
             dots = ((top << 8) + rest).to(tl.float32) * unit[None, :]
         else:
+            if INTERPRETED:  # which has no product of bfloat16
+                operand, x = operand.to(tl.float32), x.to(tl.float32)
             dots = tl.dot(operand, x, input_precision="ieee")
         if HAS_ZEROS:
             dots -= ((zero.to(tl.float32) - MIDDLE) * UNIT)[:, None] * total[None, :]
