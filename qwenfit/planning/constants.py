@@ -265,6 +265,13 @@ MEASURED: dict[str, Constant] = {
             _ROWS,
         ),
         Constant(
+            "qwenfit_shared_codes_gap",
+            4e-6,
+            "s per layer and step",
+            "attention to an int8 cache whose heads share keys, beyond its bytes",
+            "gpu-decode-h200-6 and -8: Qwen2.5-7B with 1, 2 and 16 requests, int8 against bf16 cache",
+        ),
+        Constant(
             "qwenfit_rows_speed_error",
             0.25,
             "relative",

@@ -104,7 +104,8 @@ def decode_step(
         memory += config.num_layers * measured("qwenfit_cpu_layer_gap")
     else:
         arranged = task.batch > 2 and precision in stack.rows_limits
-        gap = stack.layer_overhead + (stack.rows_gap if arranged else 0.0)
+        shared = task.kv_cache == "int8" and config.num_kv_heads < config.num_heads
+        gap = stack.layer_overhead + stack.rows_gap * arranged + stack.shared_codes_gap * shared
         memory += config.num_layers * gap + stack.step_host * host_factor
     rows = 1 if on_cpu else task.batch
     compute = decode_flops(config) * rows / matmul_flops(device, precision) / shards

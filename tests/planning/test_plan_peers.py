@@ -90,16 +90,13 @@ def test_our_engine_decodes_on_an_h200_as_planned(run: dict[str, Any]) -> None:
 
 
 RECORDS = Path(__file__).parents[2] / "measurements"
-SEVERAL = [
-    run
-    for n in (8, 9)
-    for run in json.loads((RECORDS / f"gpu-decode-h200-{n}.json").read_text())["runs"]
-    if run["batch"] > 1
-]
+STEPS = [
+    run for n in (8, 9) for run in json.loads((RECORDS / f"gpu-decode-h200-{n}.json").read_text())["runs"]
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("run", SEVERAL, ids=lambda run: f"{run['model']} {run['precision']} x {run['batch']}")
-def test_several_requests_decode_as_planned(run: dict[str, Any]) -> None:
+@pytest.mark.parametrize("run", STEPS, ids=lambda run: f"{run['model']} {run['precision']} x {run['batch']}")
+def test_steps_of_one_to_256_requests_take_as_long_as_planned(run: dict[str, Any]) -> None:
     """With each request more, cores and not memory bind. With two, a model's shapes may be tuned or not."""
     options = {"prompt": run["context"], "generate": run["tokens"], "batch": run["batch"], "kv_cache": run["kv_cache"]}
     made = plan(run["model"], gpu="H200", advise=False, precision=run["precision"], **options)  # type: ignore[arg-type]
