@@ -92,7 +92,7 @@ def decode_step(
     on_cpu = device.kind == "cpu"
     shares = dict.fromkeys(READ_KINDS, cpu_read_share(device)) if on_cpu else stack.read_shares
     limits = {} if on_cpu else dict(stack.read_limits)
-    several = task.batch > 1 and not on_cpu and bool(stack.rows_limits)
+    several = takes_rows(device, task.batch, stack)
     if several:
         limits |= {kind: rows_limit(stack, kind, task.batch, device) for kind in ("int4", "int8")}
     rates = {kind: min(bandwidth * shares.get(kind, 1.0), limits.get(kind, math.inf)) for kind in reads}
@@ -103,7 +103,7 @@ def decode_step(
     if on_cpu:
         memory += config.num_layers * measured("qwenfit_cpu_layer_gap")
     else:
-        arranged = task.batch > 2 and precision in stack.rows_limits
+        arranged = several and task.batch > 2 and precision in stack.rows_limits
         shared = task.kv_cache == "int8" and config.num_kv_heads < config.num_heads
         gap = stack.layer_overhead + stack.rows_gap * arranged + stack.shared_codes_gap * shared
         memory += config.num_layers * gap + stack.step_host * host_factor
@@ -117,6 +117,11 @@ def decode_step(
         link = 2 * config.num_layers * (read("nccl_latency") + 2 * message / link_bandwidth(hardware))
     further = further_seconds(config, device, task.batch, precision) / shards if on_cpu else 0.0
     return StepTime(memory, compute, host, link, further)
+
+
+def takes_rows(device: Device, rows: int, stack: Stack) -> bool:
+    """Whether several requests meet products that are planned by their number."""
+    return device.kind != "cpu" and rows > 1 and bool(stack.rows_limits)
 
 
 def rows_limit(stack: Stack, kind: str, rows: int, device: Device) -> float:
@@ -225,7 +230,8 @@ def inference_speed(
     if stack.name == "qwenfit" and by_tiles(hardware.device, precision) and task.prompt > FEW_ROWS:
         quiet, busy = measured("qwenfit_cpu_tiles_quiet"), measured("qwenfit_cpu_tiles_busy")
         first_interval = Interval(first * quiet, first * busy)
-    if hardware.device.kind != "cpu" and (task.batch > 256 or (task.batch > 1 and precision in stack.rows_limits)):
+    unlike = task.batch > 256 or precision in stack.rows_limits  # what was measured
+    if unlike and takes_rows(hardware.device, task.batch, stack):
         error = max(error, measured("qwenfit_rows_speed_error"))
     per_request = 1 / step.total
     total = per_request * task.batch

@@ -255,7 +255,7 @@ def test_the_kernels_for_few_tokens_draw_as_the_general_way_does():
         SamplingParams(top_k=1, temperature=5.0),
     ]
     seen = set()
-    for seed in range(12):
+    for seed in range(30):
         requests = [request(p, row=i, seed=seed, stop_ids=[7, 8]) for i, p in enumerate(params)]
         known = sampler(vocab, banned)
         wanted = known._general(logits.clone(), requests)
@@ -270,7 +270,7 @@ def test_the_kernels_for_few_tokens_draw_as_the_general_way_does():
         assert (
             chooser._among_few(logits.clone(), requests).tolist() == known._general(logits.clone(), requests).tolist()
         )
-    assert len(seen) > 3
+    assert len(seen) > 10
     logits[2, 4] = math.nan
     assert sampler(vocab)._among_few(logits, requests)[2] == -1
 

@@ -123,10 +123,10 @@ def test_sums_and_logits_in_float32_are_never_rounded_to_less(rows: int) -> None
     logits = product(hidden, weight, norm=norm, dtype=torch.float32, out=poisoned(rows, 24))
     assert logits.dtype == torch.float32
     assert error(logits, bf16_matvec_reference(hidden, weight, None, None, norm)) < (5e-3 if rows > 4 else 1e-5)
-    packed, hidden, norm = packed_weight(4, 64, 64, 64, "middle"), random(rows, 64), norm[:64]
-    down = product(random(rows, 64, dtype=torch.bfloat16), packed, None, random(rows, 64))
+    packed, hidden, norm = packed_weight(4, 128, 128, 64, "middle"), random(rows, 128), norm[:128]
+    down = product(random(rows, 128, dtype=torch.bfloat16), packed, None, random(rows, 128))
     assert down.dtype == torch.float32
-    gate_up = packed_weight(4, 128, 64, 64, "middle")
+    gate_up = packed_weight(4, 256, 128, 64, "middle")
     inner = int_matvec_reference(hidden, gate_up, None, None, norm.float(), gated=True)
     expected = int_matvec_reference(inner, packed, None, hidden)
     assert error(mlp(hidden.clone(), gate_up, packed, norm, 1e-6), expected) < 1e-2
@@ -135,9 +135,9 @@ def test_sums_and_logits_in_float32_are_never_rounded_to_less(rows: int) -> None
 @pytest.mark.usefixtures("wide_tiles")
 @pytest.mark.parametrize("rows", [2, 6, 260])
 def test_feed_forward(rows: int) -> None:
-    gate_up = packed_weight(4, 192, 64, 64, "middle")
-    down = packed_weight(8, 64, 96, 32, "whole", permuted=True)
-    x, norm = random(rows, 64), random(64)
+    gate_up = packed_weight(4, 192, 128, 64, "middle")
+    down = packed_weight(8, 128, 96, 32, "whole", permuted=True)
+    x, norm = random(rows, 128), random(128)
     inner = int_matvec_reference(x, gate_up, None, None, norm, gated=True)
     assert error(mlp(x.clone(), gate_up, down, norm, 1e-6), int_matvec_reference(inner, down, None, x)) < 1e-4
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qwenfit.kernels.triton.launch import INTERPRETED, options, prefetch_rows, start_after_previous
-from qwenfit.kernels.triton.parts import shared_counters, sum_parts
+from qwenfit.kernels.triton.parts import room_for_parts, sum_parts
 from qwenfit.kernels.triton.tuning import tuned
 
 _SHARED = 220 << 10  # bytes of a core for tiles
@@ -58,10 +58,7 @@ def bf16_tiles(
     tile, columns, splits = config["rows"], config["columns"], 1 if gated else config["splits"]
     m = max(16, 1 << (rows - 1).bit_length())
     tiles = triton.cdiv(outputs, tile)
-    parts = arrived = None
-    if splits > 1:
-        parts = torch.empty(splits * tiles * tile * m, dtype=torch.float32, device=x.device)
-        arrived = shared_counters(tiles, x.device)
+    parts, arrived = room_for_parts(splits, tiles, tile * m, x.device)
     stage = (m + tile * (2 if gated else 1)) * columns * x.itemsize
     _bf16_tiles[(tiles, splits)](
         _described(x, m, columns), _described(weight, tile, columns), weight, bias, residual, out, parts, arrived,

@@ -16,7 +16,7 @@ import triton.language as tl
 from qwenfit.kernels.triton.arrange import Arranged
 from qwenfit.kernels.triton.int_matvec import BlockedWeight, finish, unpack_blocked
 from qwenfit.kernels.triton.launch import INTERPRETED, options, prefetch_rows, start_after_previous
-from qwenfit.kernels.triton.parts import shared_counters, sum_parts
+from qwenfit.kernels.triton.parts import room_for_parts, sum_parts
 from qwenfit.kernels.triton.tuning import tuned
 
 
@@ -59,10 +59,7 @@ def int_matmul(
     if x.values.dtype == torch.float32:  # of which a core holds half as much
         tile_m, stages = min(64, tile_m), 2
     blocks, tiles = x.units.shape[1], (triton.cdiv(rows, tile_m), triton.cdiv(weight.out_features, tile_out))
-    parts = arrived = None
-    if splits > 1:
-        parts = torch.empty(tiles[0] * tiles[1] * splits * tile_m * tile_out, dtype=torch.float32, device=out.device)
-        arrived = shared_counters(tiles[0] * tiles[1], out.device)
+    parts, arrived = room_for_parts(splits, tiles[0] * tiles[1], tile_m * tile_out, out.device)
     _int_matmul[(*tiles, splits)](
         x.values, weight.codes.view(torch.int8), weight.scales, weight.zeros, x.units, bias, residual, out, parts,
         arrived, rows, weight.out_features, blocks, weight.scales.shape[1], triton.cdiv(blocks, splits),

@@ -114,9 +114,17 @@ def arrival_counters(count: int, device: torch.device) -> torch.Tensor:
     return torch.zeros(count * ARRIVED_STRIDE.value, dtype=torch.int32, device=device)
 
 
-def shared_counters(count: int, device: torch.device) -> torch.Tensor:
-    """`arrival_counters` that kernels of one stream use one after the other."""
-    return _counters(triton.next_power_of_2(count), device)
+def room_for_parts(
+    splits: int, tiles: int, size: int, device: torch.device
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Where `splits` programs of each tile of `size` numbers leave their parts, and its counters; none for one.
+
+    The counters are shared by the kernels of one stream, which use them one after the other.
+    """
+    if splits == 1:
+        return None, None
+    parts = torch.empty(splits * tiles * size, dtype=torch.float32, device=device)
+    return parts, _counters(triton.next_power_of_2(tiles), device)
 
 
 @functools.cache

@@ -46,10 +46,11 @@ def product(
             return int_matvec.int_matvec(x, weight, bias, residual, norm, eps, gated, y)
         if _has_lanes(weight, x):
             return int_lanes(arrange(x, weight, norm, eps, lanes=True), weight, bias, residual, gated, wanted, out)
-        if _has_matmul(weight, x) and not gated:
-            return int_matmul(_arranged(x, weight, norm, eps), weight, bias, residual, wanted)
         if _has_matmul(weight, x):
-            y = silu_mul(int_matmul(_arranged(x, weight, norm, eps), weight, bias, None, model_dtype))
+            arranged = _arranged(x, weight, norm, eps)
+            if not gated:
+                return int_matmul(arranged, weight, bias, residual, wanted)
+            y = silu_mul(int_matmul(arranged, weight, bias, None, model_dtype))
             return y.to(wanted) if residual is None else residual.add_(y)
     elif rows <= MATVEC_ROWS and not _has_tiles(weight, rows, model_dtype):
         return bf16_matvec.bf16_matvec(x, weight, bias, residual, norm, eps, gated, wanted, out)
