@@ -57,6 +57,9 @@ RUNS = [  # model, precision of the layers, KV cache, tokens in the cache at the
     *((name, "bf16", "bf16", 960, 64, count) for name in ("Qwen-7B", "Qwen-1.8B") for count in (4, 16, 32)),
     *(("Qwen2.5-7B", "bf16", "bf16", 960, 64, count) for count in (1, 2, 4, 8, 16, 32, 64, 128, 256)),
     *(("Qwen2.5-7B", "int8", "bf16", 960, 64, count) for count in (1, 4, 8, 16, 64, 256)),
+    *(("Qwen2.5-7B", "int4", "bf16", 960, 64, count) for count in (24, 96, 192)),  # of the engine's sizes
+    *(("Qwen2.5-7B", "int8", "bf16", 960, 64, count) for count in (96, 192)),
+    *(("Qwen2.5-0.5B", precision, "bf16", 960, 64, count) for precision in ("int4", "bf16") for count in (4, 16)),
 ]
 CHECKS = [  # precision of the layers, KV cache, model, sequences
     ("bf16", "bf16", "Qwen-7B", 1),

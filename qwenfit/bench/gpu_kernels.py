@@ -67,6 +67,12 @@ SHAPES["Qwen-72B"] = [
     (8192, 49152, True, True, False),
     (24576, 8192, False, False, True),
 ]
+SHAPES["Qwen2.5-7B"] = [
+    (3584, 4608, False, True, False),
+    (3584, 3584, False, False, True),
+    (3584, 37888, True, True, False),
+    (18944, 3584, False, False, True),
+]
 HEADS = {"Qwen-7B": 32, "Qwen-1.8B": 16, "Qwen-14B": 40, "Qwen-72B": 64}  # of attention, 128 numbers each
 GROUPS = [(28, 4), (32, 8)]  # heads, and those of keys and values: Qwen2.5-7B and Qwen3-8B
 VOCABULARIES = [(5120, 152064), (8192, 152064)]  # heads of the models that were not tuned yet
@@ -137,10 +143,15 @@ def int_configs(bits: int, inputs: int, out: int, rows: int, cores: int = 0) -> 
     cores = cores or torch.cuda.get_device_properties().multi_processor_count
     needed = inputs * bits // 32
     if rows > 1:
-        padded = {words: -(-needed // words) * words for words in (256, 512)}
-        words = min((256, 512), key=lambda words: (padded[words], -words))
-        for tile in (8,) if rows == 2 else (4, 8):
-            yield {"rows": tile, "words": words, "warps": words // 128, "programs": cores * 12 * 128 // words}
+        for words in (256, 512, 1024):
+            if -(-needed // words) * words <= 1.61 * needed:
+                for tile in (4, 8, 16):
+                    for beside in (8, 12, 16):
+                        programs = cores * beside * 128 // words
+                        config = {"rows": tile, "words": words, "warps": words // 128, "programs": programs}
+                        yield config
+                        if 1 < -(-needed // words) <= 3:
+                            yield config | {"hold": 1}
         yield {"rows": 8, "words": 512, "warps": 4, "programs": 4 * cores, "early": 0}
         return
     for words in (128, 256, 512, 1024, 2048):
@@ -453,7 +464,12 @@ def measure(bench: Bench, models: list[str], only: list[str], seconds: float) ->
     if "int4" in only:
         parts += [(bench.int_products, 4, 1, SHAPES[model]) for model in models]
     if "attention" in only:
-        parts += [(bench.attention, q, HEADS[model], 1, (1024, 8192)) for model in models for q in (False, True)]
+        parts += [
+            (bench.attention, q, HEADS[model], 1, (1024, 8192))
+            for model in models
+            if model in HEADS
+            for q in (False, True)
+        ]
         for count in (64, 256) if "Qwen-7B" in models else ():
             parts += [(bench.attention, q, 32, count, (800,)) for q in (False, True)]
     if "int8" in only:

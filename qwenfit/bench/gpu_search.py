@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ from typing import Any
 import torch
 
 from qwenfit.bench.gpu_common import record_head
-from qwenfit.bench.gpu_decode import packed_of, random_model, record_graph, start, unmoved
+from qwenfit.bench.gpu_decode import LINEARS, packed_of, random_model, record_graph, start, unmoved
 from qwenfit.bench.gpu_kernels import attention_configs, compile_beside, group_configs, int_configs, once_each
+from qwenfit.bench.gpu_matmul import matmul_configs
 from qwenfit.checkpoint.resolve import resolve_model
+from qwenfit.config import ModelConfig
+from qwenfit.kernels.choice import INT_LANES_ROWS, INT_MATVEC_ROWS, TILES_ROWS
 from qwenfit.kernels.triton import tuning
 from qwenfit.kernels.triton.launch import best_seconds, device_limits
 from qwenfit.model.decode import DecodeStep
@@ -31,15 +35,24 @@ GAIN = 0.997  # of the time: what is less is noise
 Trials = list[tuple[str, tuple[int, ...], list[tuning.Config]]]
 
 
-def trials(model: Transformer, precision: str, kv: str) -> Trials:
-    """The kernels of a step of one sequence, each with its shape and the configs to try; the largest first."""
+def trials(model: Transformer, precision: str, kv: str, rows: int) -> Trials:
+    """The kernels of a step of `rows` sequences, each with its shape and the configs to try; the largest first.
+
+    Attention is tried for one sequence alone.
+    """
     config = model.config
     found: Trials = []
     if precision != "bf16":
-        bits = int(precision[3:])
-        for weight in sorted(packed_of(model), key=lambda weight: -weight.nbytes):
-            inputs, out = weight.in_features, weight.out_features
-            found.append(("int_matvec", (bits, inputs, out, 1), list(int_configs(bits, inputs, out, 1))))
+        for packed in sorted(packed_of(model), key=lambda packed: -packed.nbytes):
+            found.append(int_trial(packed.bits, packed.in_features, packed.out_features, rows, config))
+    elif TILES_ROWS[0] <= rows <= TILES_ROWS[1]:
+        for name in LINEARS:
+            weight = model.get_parameter(f"layers.0.{name}.weight")
+            out, inputs = weight.shape
+            gated = name.endswith("gate_up_proj")
+            found.append(("bf16_tiles", (int(gated), inputs, out, rows), list(tiles_configs(gated))))
+    if rows > 1:
+        return found
     size, groups = 1 if kv == "int8" else 2, config.num_heads // config.num_kv_heads
     if groups == 1:
         shape = (size, config.head_dim, config.num_heads)
@@ -47,6 +60,33 @@ def trials(model: Transformer, precision: str, kv: str) -> Trials:
     else:
         found.append(("decode_attention", (size, config.head_dim, groups, 1), list(group_configs(1))))
     return found
+
+
+def int_trial(
+    bits: int, inputs: int, out: int, rows: int, config: ModelConfig
+) -> tuple[str, tuple[int, ...], list[tuning.Config]]:
+    """What multiplies an int4 or int8 weight with so many rows, its shape, and the configs to try."""
+    if rows <= INT_MATVEC_ROWS:
+        return "int_matvec", (bits, inputs, out, rows), list(int_configs(bits, inputs, out, rows))
+    if bits == 4 and rows <= INT_LANES_ROWS:
+        gated = out == 2 * config.intermediate_size
+        return "int_lanes", (int(gated), inputs, out, rows), list(lanes_configs(inputs))
+    return "int_matmul", (bits, inputs, out, rows), list(matmul_configs(out, rows))
+
+
+def lanes_configs(inputs: int) -> Iterable[tuning.Config]:
+    for tiles in (2, 4):
+        for warps in (1, 2, 4, 8):
+            if warps <= max(1, inputs // 512):
+                yield from ({"tiles": tiles, "warps": warps, "ahead": ahead} for ahead in (1, 2))
+
+
+def tiles_configs(gated: bool) -> Iterable[tuning.Config]:
+    for tile in (64, 128):
+        for columns in (64, 128):
+            for splits in (1,) if gated else (1, 2, 3, 4):
+                for beside in (1, 2):
+                    yield {"rows": tile, "columns": columns, "splits": splits, "warps": 4, "beside": beside}
 
 
 def milliseconds(step: DecodeStep) -> float:
@@ -103,6 +143,7 @@ def main() -> None:
     parser.add_argument("--precision", default="int4")
     parser.add_argument("--kv-cache", default="bf16")
     parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--sequences", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=100, help="in all")
     parser.add_argument("--tuned", type=Path, help="configs to begin with, a file as in kernels/triton/tuned/")
     parser.add_argument("--compile", metavar="I/N", help="only compile the I-th of N shares of what would be tried")
@@ -115,8 +156,8 @@ def main() -> None:
     if options.compile:
         config = replace(config, num_layers=1)
     model = random_model(config, options.precision)
-    kernels = trials(model, options.precision, options.kv_cache)
-    step = start(model, options.kv_cache, options.context, 4 * REPLAYS, 1)
+    kernels = trials(model, options.precision, options.kv_cache, options.sequences)
+    step = start(model, options.kv_cache, options.context, 4 * REPLAYS, options.sequences)
     if options.compile:
         compile_all(step, kernels, options.compile)
         return
@@ -132,7 +173,8 @@ def main() -> None:
     (options.out / "gpu-search.json").write_text(json.dumps(record, indent=1) + "\n")
     tables = {"cards": [torch.cuda.get_device_name()], "configs": tuning.in_force() | result["found"]}
     (options.out / "tuned.json").write_text(tuning.as_text(tables))
-    print(f"{options.model} {options.precision}: {result['ms_before']:.4f} -> {result['ms']:.4f} ms; ", end="")
+    what = f"{options.model} {options.precision} x {options.sequences}"
+    print(f"{what}: {result['ms_before']:.4f} -> {result['ms']:.4f} ms; ", end="")
     print(f"{compiled:.0f} s compiling, {time.perf_counter() - began:.0f} s in all")
     for key, config in result["found"].items():
         ordered = sorted(result["trials"][key], key=lambda trial: trial[0])

@@ -61,12 +61,12 @@ def load_products(model: Transformer, cache: KVCache, max_rows: int, max_logits:
         elif isinstance(linear.packed, BlockedWeight):
             # For fewest rows the kernel is not always one that the decoding step has compiled: of a gate it has both.
             linear(torch.zeros(sizes[0], linear.packed.in_features, dtype=model.dtype, device=cache.memory.device))
-            if sizes[-1] <= INT_MATMUL_ROWS:
+            many = [rows for rows in sizes if rows > INT_MATMUL_ROWS[linear.packed.bits]]
+            if not many:
                 continue
             weight, rest = _cut(cache.memory, linear.packed.out_features, linear.packed.in_features, model.dtype)
             if weight is not None:  # many rows take the vendor's product of the unpacked weight
                 dequantised(linear.packed, model.dtype, weight)
-                many = [rows for rows in sizes if rows > INT_MATMUL_ROWS]
                 _run(partial(_linear, linear.bias), weight, many, model.dtype, rest)
     head = model.embed_tokens if model.lm_head is None else model.lm_head
     if isinstance(head.weight, torch.Tensor):

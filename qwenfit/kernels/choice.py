@@ -16,7 +16,10 @@ MATVEC_ROWS = 4  # of activations with plain weights; above, the vendor's produc
 TILES_ROWS = (3, 32)  # first and last, with plain weights of 16 bits on a Hopper, before either
 INT_MATVEC_ROWS = 2  # with int4 and int8 weights; above, the tensor cores win
 INT_LANES_ROWS = 8  # with int4 weights; above, tiles in shared memory win
-INT_MATMUL_ROWS = 256  # above, unpacking a weight for the vendor's product costs less than it saves
+INT_MATMUL_ROWS = {
+    4: 384,
+    8: 128,
+}  # by bits; above, unpacking for the vendor's product costs less than it saves
 _ONEDNN_ROWS = 24  # from here on, unpacking to bf16 for oneDNN costs less than it saves
 
 
@@ -44,7 +47,7 @@ def choose_kernel(weight: str, dtype: torch.dtype, rows: int, device: str) -> Ke
                     return KernelChoice(
                         "triton lanes", "few rows: codes go from memory to the tensor cores, each lane's by itself"
                     )
-                if rows <= INT_MATMUL_ROWS:
+                if rows <= INT_MATMUL_ROWS[int(weight[3:])]:
                     return KernelChoice(
                         "triton matmul", "some rows: codes go to the tensor cores, none is unpacked to memory"
                     )

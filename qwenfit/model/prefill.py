@@ -74,8 +74,9 @@ def _add_and_norm(
     if type(linear) is Linear and linear.bias is None:
         if linear.weight is not None:
             return add_norm(add_product(x, y, linear.weight), None, norm.weight, norm.eps)
-        if isinstance(linear.packed, BlockedWeight) and len(y) <= INT_MATMUL_ROWS:  # as the decoding step does
-            return add_norm(product(y, linear.packed, residual=x), None, norm.weight, norm.eps)
+        packed = linear.packed
+        if isinstance(packed, BlockedWeight) and len(y) <= INT_MATMUL_ROWS[packed.bits]:  # as the decoding step does
+            return add_norm(product(y, packed, residual=x), None, norm.weight, norm.eps)
     return add_norm(linear(y), x, norm.weight, norm.eps)
 
 

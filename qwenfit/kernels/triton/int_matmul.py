@@ -212,7 +212,8 @@ def _int_matmul(
     m = tile_m * TILE_M + tl.arange(0, TILE_M)
     w_at = w_ptr + row[:, None] * (blocks * BYTES) + tl.arange(0, BYTES)[None, :]
     n = tl.arange(0, 2 * TILE_M if INTEGERS else TILE_M)
-    x_row = n // TILE_M * rows + tl.minimum(tile_m * TILE_M + n % TILE_M, rows - 1)
+    # Rows beyond the end begin anew: all programs at once at the last one would wait for one part of the cache.
+    x_row = n // TILE_M * rows + (tile_m * TILE_M + n % TILE_M) % rows
     x_at = x_ptr + x_row[None, :].to(tl.int64) * (blocks * BLOCK) + tl.arange(0, BLOCK)[:, None]
     scale_at, zero_at, unit_at = scale_ptr + row * groups, scale_ptr, unit_ptr + tl.minimum(m, rows - 1)
     if HAS_ZEROS:

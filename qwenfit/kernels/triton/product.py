@@ -111,4 +111,4 @@ def _has_lanes(weight: Weight, x: torch.Tensor) -> TypeGuard[BlockedWeight]:
 
 def _has_matmul(weight: Weight, x: torch.Tensor) -> TypeGuard[BlockedWeight]:
     """Whether `int_matmul` takes the weight and so many rows, those that `int_matvec` would be faster for apart."""
-    return isinstance(weight, BlockedWeight) and x.shape[0] <= INT_MATMUL_ROWS and has_int_matmul(weight)
+    return isinstance(weight, BlockedWeight) and len(x) <= INT_MATMUL_ROWS[weight.bits] and has_int_matmul(weight)

@@ -83,6 +83,8 @@ def _rule(kernel: str, shape: tuple[int, ...]) -> Config:
                 if pieces <= 3 and pieces * words <= 1.5 * needed:
                     programs = _cores() * (3 if pieces == 1 else 2)
                     return {"rows": tile, "words": words, "warps": 4, "programs": programs, "hold": 1}
+        if rows == 2 and needed > 1024:
+            return {"rows": 8, "words": 512, "warps": 4, "programs": 3 * _cores()}
         words = min(2048, 1 << (needed - 1).bit_length())
         warps = max(1, words // 128)
         programs = _cores() * max(1, 16 // warps)
