@@ -229,17 +229,17 @@ _LIMIT = "measurements/rows-h200-*.json and gpu-decode-h200-5.json: what the sha
 _CPU = "measurements/decode-amd-epyc-*.json and compare-amd-epyc-*.json: 0.5B to 7B on two Zen 3 cores"
 _CPU_TILES = "measurements/prefill-*.json: 0.5B to 3B, 32 to 512 tokens, on two Emerald Rapids cores"
 _CPU_TRAIN = "one step of LoRA on Qwen2.5-0.5B, 256 tokens, bf16 and fp32, one core of Emerald Rapids, by its profile"
-_ROWS = "gpu-decode-h200-8 and -9, gpu-tiles-h200 (steps of 2 to 256 sequences), gpu-matmul-h200-2; 512: estimated"
-# Bytes/s at which weights are multiplied at most with up to so many requests at once: what a Hopper's cores take. Above
-# 256 int4 and int8 weights are unpacked first.
+_ROWS = "gpu-decode-h200-8 to -11, gpu-search-h200-*-x2, gpu-tiles-h200 (steps of 2 to 256 sequences); 512: estimated"
+# Bytes/s at which weights are multiplied at most with up to so many requests at once: what a Hopper's cores take. Many
+# unpack int4 and int8 weights first (kernels/choice.py).
 ROWS_LIMITS = {  # by kind of READ_KINDS (planning/stack.py)
-    "plain_rows": {128: 3.14e12, 256: 2.2e12, 512: 1.2e12},
+    "plain_rows": {128: 3.3e12, 256: 2.25e12, 512: 1.2e12},
     "int4": {
-        2: 2.02e12, 4: 2.0e12, 8: 2.15e12, 16: 2.1e12, 32: 1.65e12, 64: 1.1e12, 128: 0.72e12, 256: 0.44e12,
+        2: 2.3e12, 4: 2.05e12, 8: 2.2e12, 16: 2.1e12, 32: 1.55e12, 64: 1.1e12, 128: 0.63e12, 256: 0.4e12,
         512: 0.2e12,
     },
     "int8": {
-        2: 2.78e12, 4: 2.94e12, 8: 3.16e12, 16: 3.16e12, 32: 2.75e12, 64: 1.7e12, 128: 1.0e12, 256: 0.62e12,
+        2: 2.78e12, 4: 2.94e12, 8: 3.16e12, 16: 3.16e12, 32: 2.75e12, 64: 1.7e12, 128: 0.95e12, 256: 0.58e12,
         512: 0.4e12,
     },
 }  # fmt: skip
@@ -259,10 +259,17 @@ MEASURED: dict[str, Constant] = {
         ),
         Constant(
             "qwenfit_rows_gap",
-            10e-6,
+            11.5e-6,
             "s per layer and step",
             "arranging activations for int4 and int8 weights, from 3 requests on",
             _ROWS,
+        ),
+        Constant(
+            "qwenfit_plain_rows_gap",
+            7e-6,
+            "s per layer and step",
+            "16-bit weights from 3 requests on, beyond their bytes",
+            "gpu-decode-h200-8 and -11: 0.5B to 7B",
         ),
         Constant(
             "qwenfit_shared_codes_gap",
@@ -280,9 +287,9 @@ MEASURED: dict[str, Constant] = {
         ),
         Constant("qwenfit_read_plain", 0.983, "of a plain read", "16-bit weights in a decode step", _DECODE),
         Constant(
-            "qwenfit_read_plain_rows", 0.85, "of a plain read", "16-bit weights for 2 to 16 requests at once", _ROWS
+            "qwenfit_read_plain_rows", 0.88, "of a plain read", "16-bit weights for 2 to 16 requests at once", _ROWS
         ),
-        Constant("qwenfit_read_plain_64", 0.79, "of a plain read", "16-bit weights for 64 requests at once", _ROWS),
+        Constant("qwenfit_read_plain_64", 0.84, "of a plain read", "16-bit weights for 64 requests at once", _ROWS),
         Constant("qwenfit_read_int8", 0.963, "of a plain read", "int8 weights in a decode step", _DECODE),
         Constant("qwenfit_read_int4", 0.912, "of a plain read", "int4 weights in a decode step", _DECODE),
         Constant("qwenfit_read_cache", 0.876, "of a plain read", "a 16-bit KV cache in a decode step", _DECODE),

@@ -103,9 +103,9 @@ def decode_step(
     if on_cpu:
         memory += config.num_layers * measured("qwenfit_cpu_layer_gap")
     else:
-        arranged = several and task.batch > 2 and precision in stack.rows_limits
+        rows_gap = stack.rows_gap if precision in stack.rows_limits else stack.plain_rows_gap
         shared = task.kv_cache == "int8" and config.num_kv_heads < config.num_heads
-        gap = stack.layer_overhead + stack.rows_gap * arranged + stack.shared_codes_gap * shared
+        gap = stack.layer_overhead + stack.shared_codes_gap * shared + rows_gap * (several and task.batch > 2)
         memory += config.num_layers * gap + stack.step_host * host_factor
     rows = 1 if on_cpu else task.batch
     compute = decode_flops(config) * rows / matmul_flops(device, precision) / shards

@@ -39,6 +39,7 @@ class Stack:
     rows_limits: dict[str, dict[int, float]] = field(default_factory=dict)  # the same, for up to so many
     share_of_64: float = 1.0  # of a plain read, of 16-bit weights for 64 requests
     rows_gap: float = 0.0  # s per layer and step more with int4 and int8 weights, from 3 requests on
+    plain_rows_gap: float = 0.0  # the same with 16-bit weights
     shared_codes_gap: float = 0.0  # s per layer and step more with an int8 cache, where heads share keys
     step_host: float = 0.0  # s per step that the host adds to the device's time
     prompt_host: float = 0.0  # s per prompt that the host adds to the device's time
@@ -72,6 +73,7 @@ STACKS: dict[str, Stack] = {
             },
             share_of_64=measured("qwenfit_read_plain_64"),
             rows_gap=measured("qwenfit_rows_gap"),
+            plain_rows_gap=measured("qwenfit_plain_rows_gap"),
             shared_codes_gap=measured("qwenfit_shared_codes_gap"),
             step_host=measured("qwenfit_step_host"),
             prompt_host=measured("qwenfit_prompt_host"),
