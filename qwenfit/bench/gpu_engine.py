@@ -55,7 +55,7 @@ from qwenfit.model.batch import Chunk, make_batch
 
 NEEDS = {  # seconds of each part on one H200, in the order in which they are run
     "attention": 0, "errors": 8, "text": 30, "first_token": 9, "decode": 12, "mix_int8": 30, "mix_bf16": 40,
-    "mix_int4": 30, "steps_int8": 15, "steps_bf16": 15, "steps_int4": 15,
+    "mix_bf16_again": 40, "mix_int4": 30, "steps_int8": 15, "steps_bf16": 15, "steps_int4": 15,
 }  # fmt: skip
 USUAL = "attention,errors,first_token,mix_int8,mix_bf16,mix_int4"
 PAUSE = 0.15  # seconds between prompts, as a card that is never idle runs at a lower clock
@@ -190,6 +190,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the record and the configs")
     parser.add_argument("--seconds", type=float, default=85.0, help="parts that would end later are left out")
     parser.add_argument("--parts", default=USUAL, help=f"of {','.join(NEEDS)}")
+    parser.add_argument(
+        "--swap", type=float, help="GB of the host's memory for requests that wait; default: the engine's"
+    )
     parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -197,6 +200,7 @@ def main() -> None:
         jobs()[options.compile]()
         return
     wanted = options.parts.split(",")
+    swap_bytes = None if options.swap is None else int(1e9 * options.swap)
     record = Record(options.out, options.seconds)
     one: dict[str, OneRequest] = {}
 
@@ -214,9 +218,10 @@ def main() -> None:
         "text": check_text,
         "first_token": lambda: engine().first_token(),
         "decode": lambda: engine().decode(),
-        "mix_int8": lambda: mix("int8"),
-        "mix_bf16": lambda: mix("bf16"),
-        "mix_int4": lambda: mix("bf16", 4),
+        "mix_int8": lambda: mix("int8", swap_bytes=swap_bytes),
+        "mix_bf16": lambda: mix("bf16", swap_bytes=swap_bytes),
+        "mix_bf16_again": lambda: mix("bf16", swap_bytes=0),  # what is stopped is computed again
+        "mix_int4": lambda: mix("bf16", 4, swap_bytes=swap_bytes),
         "steps_int8": lambda: anatomy("int8"),
         "steps_bf16": lambda: anatomy("bf16"),
         "steps_int4": lambda: anatomy("int8", 4),
@@ -324,6 +329,7 @@ def summary(name: str, part: Figures) -> str:
         return (
             f"{part['tokens_per_s']:.0f} tokens/s in {part['seconds']:.1f} s, host waited {part['waited_s']:.1f} s, "
             f"{part['decode_steps']} + {part['mixed_steps']} steps, {part['preemptions']} preemptions, "
+            f"{part['moved_blocks']} blocks moved, "
             f"ready after {part['ready_after_s']:.1f} s, GB: allocated {part['allocated'] / 1e9:.2f} "
             f"reserved {part['reserved'] / 1e9:.2f}"
         )

@@ -35,11 +35,11 @@ MIX_TOKENS = {"bf16": 112_944, "int8": 225_888}  # of cache: equal bytes but for
 COUNT, LOW, HIGH = (256, 100, 1024) if GPU else (6, 4, 20)  # requests, and the bounds of their lengths
 
 
-def mix(kv: str, bits: int | None = None, tokens: int | None = None) -> Figures:
+def mix(kv: str, bits: int | None = None, tokens: int | None = None, swap_bytes: int | None = None) -> Figures:
     """256 requests of 100 to 1,024 tokens in and out, uniformly random, all there at the start."""
     began = time.perf_counter()
     cached = (tokens or MIX_TOKENS[kv]) if GPU else 160
-    llm = engine_of(kv, bits, cached)
+    llm = engine_of(kv, bits, cached, swap_bytes=swap_bytes)
     config = llm.config
     ready = time.perf_counter() - began
     lengths = random.Random(0)
@@ -74,6 +74,8 @@ def mix(kv: str, bits: int | None = None, tokens: int | None = None) -> Figures:
             reverse=True,
         )[:16],  # milliseconds, which, its tokens, milliseconds to launch it, and allocations meanwhile as in `watch`
         "mixed_s": sum(t for t, decodes in zip(lasted, steps, strict=True) if not decodes),
+        "swap_bytes": swap_bytes,
+        "moved_blocks": llm.engine.host.num_moved if llm.engine.host is not None else 0,
         "preemptions": llm.engine.scheduler.num_preemptions,
         "allocated": torch.cuda.max_memory_allocated() if GPU else 0,
         "reserved": torch.cuda.max_memory_reserved() if GPU else 0,
@@ -140,7 +142,7 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def engine_of(kv: str, bits: int | None, cached: int, name: str = "Qwen-7B") -> LLM:
+def engine_of(kv: str, bits: int | None, cached: int, name: str = "Qwen-7B", swap_bytes: int | None = None) -> LLM:
     """A model of random weights with a cache of so many tokens, warmed up."""
     clean()
     config = measured_config(name)
@@ -148,6 +150,7 @@ def engine_of(kv: str, bits: int | None, cached: int, name: str = "Qwen-7B") -> 
     llm = LLM.from_parts(
         model, config, None, device=DEVICE, kv_cache=kv, block_size=BLOCK_SIZE, num_blocks=cached // BLOCK_SIZE,
         max_num_seqs=COUNT, max_model_len=2 * HIGH, prefix_cache=False, max_batched_tokens=2048,
+        swap_bytes=swap_bytes,
     )  # fmt: skip
     llm.generate([prompt(LOW, config, 1)] * 2, greedy(4))
     synchronize()

@@ -57,6 +57,10 @@ class BlockPool:
         """Free blocks left once `blocks` are held."""
         return len(self._free) - sum(self._references[block] == 0 for block in blocks)
 
+    def is_shared(self, block: int) -> bool:
+        """Whether a held block has another holder."""
+        return self._references[block] > 1
+
     def hold(self, blocks: list[int]) -> None:
         """One more holder for known blocks."""
         for block in blocks:

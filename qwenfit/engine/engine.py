@@ -18,6 +18,7 @@ import torch
 
 from qwenfit.config import ModelConfig
 from qwenfit.engine.block_pool import BlockPool, prefix_root
+from qwenfit.engine.host_cache import HostCache
 from qwenfit.engine.interrupts import Interrupts
 from qwenfit.engine.output import Delta, Stats, TokenLogprob
 from qwenfit.engine.params import SamplingParams
@@ -53,7 +54,8 @@ class Engine:
 
     `max_model_len` (prompt + answer; by default the model's context) is cut to what `cache` holds. Without a tokenizer
     there is no text, no end of sequence, and every row of the head can be drawn. `lookahead` (default: on a GPU): read
-    a step's tokens after the next one is launched.
+    a step's tokens after the next one is launched. `swap_bytes`: of the host's memory, for what requests have computed
+    that must wait for others.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Engine:
         max_batched_tokens: int = 2048,
         max_queue: int | None = None,
         prefix_cache: bool = True,
+        swap_bytes: int = 0,
         device: torch.device | str = "cpu",
         lookahead: bool | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -86,7 +89,9 @@ class Engine:
         self._clock = clock
         device = torch.device(device)
         pool = BlockPool(cache.num_blocks, cache.block_size)
-        self.scheduler = Scheduler(pool, max_num_seqs, max_batched_tokens, prefix_cache)
+        may_run_out = cache.num_blocks < max_num_seqs * -(-self.max_model_len // cache.block_size)
+        self.host = HostCache(cache, swap_bytes) if swap_bytes and may_run_out else None
+        self.scheduler = Scheduler(pool, max_num_seqs, max_batched_tokens, prefix_cache, self.host)
         banned = () if tokenizer is None else tokenizer.textless_ids
         self.sampler = Sampler(self.vocab_size, max_num_seqs, self.max_model_len, device, banned)
         self.runner = Runner(
@@ -190,6 +195,8 @@ class Engine:
             self._read()
         self._interrupted = False
         batch = self.scheduler.schedule()
+        if self.host is not None:
+            self.host.move(*self.scheduler.moves())
         fits = self._launch(batch) if batch else True
         while self._flights and (len(self._flights) > self._ahead or not batch or not fits):
             self._read()

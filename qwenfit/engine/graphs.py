@@ -101,7 +101,7 @@ class DecodeGraphs:
         self._run(step)  # compiles the kernels; all rows are padding, so the cache is left alone
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             self._run(step)
         self.pool = graph.pool()
         self._recorded[size] = step, graph

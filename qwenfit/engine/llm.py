@@ -16,7 +16,7 @@ from qwenfit.engine.engine import Engine
 from qwenfit.engine.output import Delta, RequestOutput, collect
 from qwenfit.engine.params import SamplingParams
 from qwenfit.engine.runner import Network
-from qwenfit.engine.sizes import free_bytes, num_blocks_for
+from qwenfit.engine.sizes import free_bytes, free_host_bytes, num_blocks_for
 from qwenfit.errors import DoesNotFit, UsageError, nearest
 from qwenfit.model.kv_cache import KVCache
 
@@ -40,6 +40,7 @@ class Sizes(TypedDict, total=False):
     kv_bytes: int | None
     block_size: int
     prefix_cache: bool
+    swap_bytes: int | None
 
 
 class LLM:
@@ -67,7 +68,9 @@ class LLM:
         precision: "bf16", "fp16", "fp32", "int8" or "int4" (default: as stored); device: "cpu", "cuda", ... (default:
         a GPU if there is one); adapter: a LoRA folder in PEFT's format, merged into plain weights and run beside int8
         and int4 ones; `random_weights` (from `seed`): measure a model without downloading it, token ids only.
-        The KV cache has the type of the activations unless `kv_cache` names another.
+        The KV cache has the type of the activations unless `kv_cache` names another. `swap_bytes` of the host's memory
+        (default: a quarter of what is free beside a GPU, else none) are taken, as they are needed, by what requests
+        have computed that must wait for others.
         """
         from qwenfit.checkpoint.generation import published_sampling
         from qwenfit.checkpoint.load import load_model, with_files
@@ -129,6 +132,7 @@ class LLM:
         kv_bytes: int | None = None,
         block_size: int = 16,
         prefix_cache: bool = True,
+        swap_bytes: int | None = None,
     ) -> None:
         self.config, self.tokenizer, self.device = config, tokenizer, device
         if torch.device(device).type == "cuda":
@@ -153,6 +157,7 @@ class LLM:
             max_batched_tokens=max_batched_tokens,
             max_queue=max_queue,
             prefix_cache=prefix_cache,
+            swap_bytes=free_host_bytes(device) if swap_bytes is None else swap_bytes,
             device=device,
         )
         self._inboxes: dict[int, deque[Delta]] = {}  # request id -> where the call that waits for it reads

@@ -104,6 +104,6 @@ class PromptGraphs:
 
     def _record(self, step: PromptStep) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.graph(graph, pool=self._pool):
+        with torch.inference_mode(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = step.run()
         return graph, logits

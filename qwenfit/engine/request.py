@@ -38,6 +38,11 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     shared_blocks: int = 0  # the first of `blocks` that are known to the prefix cache
+    # Once it was stopped: slots in the host's memory for its first blocks. The first `resident` of them are in `blocks`
+    # too, those from `hosted` on are in the slots; one may be in both.
+    slots: list[int] = field(default_factory=list)
+    resident: int = 0
+    hosted: int = 0
     row: int = -1  # of the tables that the runner and the sampler keep
     blocks_in_table: int = 0
     in_penalties: bool = False  # whether they keep its tokens

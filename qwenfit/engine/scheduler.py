@@ -6,6 +6,7 @@ from collections import deque
 from operator import attrgetter
 
 from qwenfit.engine.block_pool import BlockPool, block_hash
+from qwenfit.engine.host_cache import HostCache, Pair
 from qwenfit.engine.request import Request
 
 
@@ -14,30 +15,48 @@ class Scheduler:
 
     One token for every request that is decoding comes first, the longest ahead, then the prompts already begun, then
     new ones; a prompt longer than what is left of the step goes on in the next. A request is let in when there are
-    blocks for all it has so far, so only decoding can run out; then the request let in last gives its blocks back and
-    waits, to be computed again. The first one is never stopped, so there is always progress.
+    blocks for all it has so far, so only decoding can run out; then the request let in last is stopped and waits. With
+    a slot in `host` for each of its blocks it gives these up as they are needed, and has them copied back before it
+    goes on; else it gives all back at once, and is computed again. The first one is never stopped, so there is always
+    progress.
+
+    `moves` must be made before each step.
 
     Tokens that are still on the device count, but a request that has all it may have with them waits for them.
     """
 
-    def __init__(self, pool: BlockPool, max_num_seqs: int, max_batched_tokens: int, prefix_cache: bool) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        max_num_seqs: int,
+        max_batched_tokens: int,
+        prefix_cache: bool,
+        host: HostCache | None = None,
+    ) -> None:
         self.pool = pool
+        self.host = host
         self.max_num_seqs = max_num_seqs
         self.max_batched_tokens = max_batched_tokens
         self.prefix_cache = prefix_cache
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in the order in which they were let in
         self.num_preemptions = 0
+        self._promised = 0  # blocks that those who run have, or may come to have
         self._rows = list(range(max_num_seqs - 1, -1, -1))
+        self._stopped: list[Request] = []  # those of `waiting` that still have blocks
+        self._out: list[Pair] = []  # what `moves` returns
+        self._back: list[Pair] = []
 
     def schedule(self) -> list[Request]:
         """The requests of the next step, each with its `scheduled` tokens; their blocks are reserved."""
         batch: list[Request] = []
         preemptions = self.num_preemptions
         size = self.pool.block_size
+        if self.host is not None and 2 * self.pool.num_free < self.pool.num_blocks < self._promised:
+            self.host.keep_free(self._promised - self.pool.num_blocks)
         for request in self.running.copy():  # written for speed: hundreds of them, each step
             length = request.length
-            if length - request.computed != 1 or length >= request.max_length or not request.running:
+            if length - request.computed != 1 or not self._grows(request):
                 continue
             if request.computed < len(request.blocks) * size or self._reserve(request):
                 request.scheduled = 1
@@ -51,7 +70,14 @@ class Scheduler:
         if preemptions == self.num_preemptions:
             while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs and self._admit():
                 budget -= self._schedule_prompt(self.running[-1], budget, batch)
+            if self.host is not None:
+                self._bring_back(self.host)
         return batch
+
+    def moves(self) -> tuple[list[Pair], list[Pair]]:
+        """What to copy before the step: from blocks to slots of `host`, and after that from slots to blocks."""
+        out, back, self._out, self._back = self._out, self._back, [], []
+        return out, back
 
     def launched(self, batch: list[Request]) -> None:
         """Whatever the device does next finds the step's keys and values in the cache."""
@@ -82,11 +108,8 @@ class Scheduler:
     def remove(self, request: Request) -> None:
         """The request has ended, wherever it was."""
         request.ended = True
-        if request.running:
-            self.running.remove(request)
-            self._give_back(request)
-        else:
-            self.waiting.remove(request)
+        (self.running if request.running else self.waiting).remove(request)
+        self._give_back(request)
 
     def _schedule_prompt(self, request: Request, budget: int, batch: list[Request]) -> int:
         """Add as much of what is not computed as `budget` allows; returns the tokens added."""
@@ -99,32 +122,91 @@ class Scheduler:
 
     @staticmethod
     def _grows(request: Request) -> bool:
-        return request.running and request.length < request.max_length
+        return request.running and request.length < request.max_length and request.resident == len(request.slots)
 
     def _reserve(self, request: Request) -> bool:
         """A block for the next token, if need be from the request let in last; False if that was this one."""
-        while request.computed == len(request.blocks) * self.pool.block_size:
-            if self.pool.num_free:
-                request.blocks += self.pool.take(1)
-                break
-            if self._preempt() is request:
+        while not self.pool.num_free:
+            if not self._move_out() and self._preempt() is request:
                 return False
+        request.blocks += self.pool.take(1)
         return True
 
     def _preempt(self) -> Request:
         request = self.running.pop()
-        self._give_back(request)
+        if self.host is None or not self._keep(request, self.host):
+            self._give_back(request)
+        else:
+            self._stop(request)
         request.stats.preemptions += 1
         self.num_preemptions += 1
         self.waiting.appendleft(request)
         return request
+
+    def _keep(self, request: Request, host: HostCache) -> bool:
+        """Let a request that is stopped keep what it has computed, if the host has room for that."""
+        if not request.slots:  # else it is stopped again before all was back
+            count = -(-request.computed // self.pool.block_size)
+            slots = host.take(count)
+            if not slots:
+                return False
+            request.slots, request.resident, request.hosted = slots, count, count
+        self.pool.release(request.blocks[request.resident :])
+        del request.blocks[request.resident :]
+        if request.blocks:
+            self._stopped.append(request)
+        return True
+
+    def _move_out(self, all_but: Request | None = None) -> bool:
+        """Free blocks of a stopped request; False: there are none. What others hold too stays, but with `all_but`."""
+        for request in self._stopped:
+            if request is all_but:
+                continue
+            count = 0
+            while request.blocks and self.host is not None and count < self.host.at_once:
+                block, last = request.blocks[-1], request.resident - 1
+                if all_but is None and self.pool.is_shared(block):
+                    break
+                if last < request.hosted:
+                    self._out.append((block, request.slots[last]))
+                    request.hosted = last
+                self.pool.release([request.blocks.pop()])
+                request.resident = last
+                count += 1
+            if count:
+                if not request.blocks:
+                    self._stopped.remove(request)
+                return True
+        return False
+
+    def _bring_back(self, host: HostCache) -> None:
+        """Go on with moving back what was moved out of those that run again; they go on with the step after."""
+        for request in self.running:
+            first, count = request.resident, len(request.slots)
+            if first == count:
+                continue
+            until = min(count, first + host.back_at_once - len(self._back))
+            self._back += zip(request.slots[first:until], request.blocks[first:until], strict=True)
+            request.resident = until
+            if until == count:
+                self._forget_slots(request)
+
+    def _forget_slots(self, request: Request) -> None:
+        if self.host is not None:
+            self.host.release(request.slots)
+        request.slots, request.resident, request.hosted = [], 0, 0
 
     def _admit(self) -> bool:
         """Move the first waiting request to running if its blocks are there. At least one token stays to compute."""
         request = self.waiting[0]
         if request.pending:  # stopped while its last token was under way
             return False
+        if not self.running:  # nobody but the stopped holds any, and one alone can have all
+            while self._move_out(all_but=request):
+                pass
         pool, length = self.pool, len(request.tokens)
+        if request.slots:
+            return self._admit_kept(request, -(-length // pool.block_size) - len(request.blocks))
         cached: list[int] = []
         if self.prefix_cache:
             full = (length - 1) // pool.block_size
@@ -140,17 +222,46 @@ class Scheduler:
         request.computed = len(cached) * pool.block_size
         if request.stats.preemptions == 0:
             request.stats.cached_tokens = request.computed
+        self._run(request)
+        return True
+
+    def _admit_kept(self, request: Request, need: int) -> bool:
+        """`_admit` for one that has kept what it has computed, some of it in slots of the host."""
+        if need + len(self.running) > self.pool.num_free:
+            return False
+        request.blocks += self.pool.take(need)
+        request.shared_blocks = min(request.shared_blocks, request.resident)
+        if request in self._stopped:
+            self._stopped.remove(request)
+        if request.resident == len(request.slots):
+            self._forget_slots(request)
+        self._run(request)
+        return True
+
+    def _run(self, request: Request) -> None:
         request.row = self._rows.pop()
         request.blocks_in_table, request.in_penalties = 0, False
         request.running = True
         self.running.append(self.waiting.popleft())
-        return True
+        self._promised += self._most_blocks(request)
+
+    def _stop(self, request: Request) -> None:
+        request.running = False
+        self._rows.append(request.row)
+        self._promised -= self._most_blocks(request)
+
+    def _most_blocks(self, request: Request) -> int:
+        return -(-request.max_length // self.pool.block_size)
 
     def _give_back(self, request: Request) -> None:
+        """All that the request has."""
         self.pool.release(request.blocks)
-        self._rows.append(request.row)
+        if request.running:
+            self._stop(request)
+        elif request in self._stopped:
+            self._stopped.remove(request)
         request.blocks = []
-        request.running = False
+        self._forget_slots(request)
 
     def _hash_blocks(self, request: Request, count: int) -> None:
         hashes, size = request.block_hashes, self.pool.block_size

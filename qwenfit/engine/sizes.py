@@ -28,3 +28,12 @@ def free_bytes(device: str) -> int:
     import psutil  # type: ignore[import-untyped, unused-ignore]
 
     return int(psutil.virtual_memory().available // 2)
+
+
+def free_host_bytes(device: str) -> int:
+    """What requests that wait may take of the host's memory: a quarter of what is free, and none beside a CPU's own."""
+    if torch.device(device).type != "cuda":
+        return 0
+    from qwenfit.detect.cpu import cpu_host
+
+    return cpu_host().usable_bytes // 4

@@ -61,5 +61,16 @@ class KVCache:
         return self._data.view(torch.uint8).flatten()
 
     @property
+    def by_block(self) -> list[torch.Tensor]:
+        """All that the cache holds, as views [num_blocks, 2 * layers, ...] of what a block has in each layer."""
+        views = []
+        for part in (self._data, self._affine):
+            if part is not None:
+                whole = part.flatten(0, 1).flatten(2)  # of numbers as wide as may be: they are only copied
+                whole = whole.view(torch.int64) if whole.shape[-1] * whole.itemsize % 8 == 0 else whole
+                views.append(whole.transpose(0, 1))
+        return views
+
+    @property
     def nbytes(self) -> int:
         return self._data.nbytes + (0 if self._affine is None else self._affine.nbytes)

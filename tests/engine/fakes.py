@@ -52,6 +52,10 @@ class FakeCache:
         self.num_blocks, self.block_size = num_blocks, block_size
         self.slots = torch.full((num_blocks * block_size, 3), -12345, dtype=torch.int64)
 
+    @property
+    def by_block(self) -> list[torch.Tensor]:
+        return [self.slots.view(self.num_blocks, -1)]
+
 
 class FakeModel:
     """Row p of a sequence has the bucket of its history up to p; a bucket has random logits."""
@@ -148,14 +152,22 @@ class FakeTokenizer:
         return self.encode("".join(f"{m['role']}:{m['content']}\n" for m in messages))
 
 
-def fake_engine(num_blocks: int = 64, block_size: int = 4, model: FakeModel | None = None, **options) -> Engine:
+def fake_engine(
+    num_blocks: int = 64, block_size: int = 4, model: FakeModel | None = None, swap_blocks: int = 0, **options
+) -> Engine:
+    cache = FakeCache(num_blocks, block_size)
     return Engine(
         model or FakeModel(),
         options.pop("config", tiny_config()),
-        FakeCache(num_blocks, block_size),
+        cache,
         options.pop("tokenizer", FakeTokenizer()),
+        swap_bytes=bytes_of(cache, swap_blocks),
         **{"max_num_seqs": 8, "max_batched_tokens": 32, "lookahead": lookahead, **options},
     )
+
+
+def bytes_of(cache, blocks: int) -> int:
+    return blocks * sum(view[0].nbytes for view in cache.by_block)
 
 
 def run_to_end(engine: Engine) -> dict[tuple[int, int], list]:
@@ -192,4 +204,8 @@ def assert_empty(engine: Engine) -> None:
     assert scheduler.pool.num_free == scheduler.pool.num_blocks
     assert not any(scheduler.pool._references)
     assert sorted(scheduler._rows) == list(range(scheduler.max_num_seqs))
+    assert scheduler._promised == 0
+    assert not scheduler._stopped and not scheduler._out and not scheduler._back
+    if engine.host is not None:
+        assert sorted(engine.host._free) == list(range(min(engine.host.size, engine.host.most)))
     assert len(scheduler.pool._hash_of) == len(scheduler.pool._block_of) <= scheduler.pool.num_blocks

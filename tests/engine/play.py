@@ -55,6 +55,7 @@ sizes = st.fixed_dictionaries(
         "max_batched_tokens": st.sampled_from([6, 7, 11, 64]),
         "prefix_cache": st.sampled_from([True, True, False]),
         "lookahead": st.booleans(),
+        "swap_blocks": st.sampled_from([0, 5, 1000, 1000]),  # none, too few, enough
     }
 ).map(pools)
 run_settings = settings(
@@ -85,16 +86,20 @@ def drive(engine: Engine, requests: list[dict], seen: Counter) -> list[tuple[dic
     seen["cases"] += 1
     seen["requests"] += len(requests)
     seen["steps"] += step
+    seen["moved"] += engine.host is not None and engine.host.num_moved > 0
     seen["preemptions"] += engine.scheduler.num_preemptions
     return [(r, [made[ids[i], k] for k in range(r["n"])]) for i, r in enumerate(requests)]
 
 
 def check_blocks(engine: Engine) -> None:
-    """The pool counts exactly the blocks that running requests hold, and never lends a free one."""
-    pool = engine.scheduler.pool
-    held = Counter(block for request in engine.scheduler.running for block in request.blocks)
+    """The pool counts exactly the blocks that requests hold, and never lends a free one; so for the host's slots."""
+    pool, requests = engine.scheduler.pool, [*engine.scheduler.running, *engine.scheduler.waiting]
+    held = Counter(block for request in requests for block in request.blocks)
     assert pool._references == [held[block] for block in range(pool.num_blocks)]
     assert set(pool._free) == {block for block in range(pool.num_blocks) if not held[block]}
+    if engine.host is not None:
+        slots = [slot for request in requests for slot in request.slots] + engine.host._free
+        assert sorted(slots) == list(range(min(engine.host.size, engine.host.most)))
 
 
 def check_answers(outcome: list[tuple[dict, list]], expected, seen: Counter) -> None:
@@ -122,6 +127,7 @@ def assert_everything_happened(seen: Counter) -> None:
     cases = seen["cases"]
     assert seen["preemptions"] > cases / 10
     assert seen["penalised and preempted"] > cases / 20
+    assert seen["moved"] > cases / 20
     assert seen["cached"] > cases / 10
     assert seen["abort"] > cases / 10
     assert seen["length"] > cases

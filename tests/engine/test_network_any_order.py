@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
-from fakes import assert_empty, penalise, tiny_config
+from fakes import assert_empty, bytes_of, penalise, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from play import CASES, arrivals, assert_everything_happened, check_answers, drive, run_settings, sizes
@@ -30,12 +30,12 @@ def tiny_transformer() -> tuple[Transformer, object]:
     return model, config
 
 
-def real_engine(model, config, *, num_blocks, block_size, **options) -> Engine:
+def real_engine(model, config, *, num_blocks, block_size, swap_blocks=0, **options) -> Engine:
     cache = KVCache(config, num_blocks, block_size, "fp32")
     for layer in cache.layers:  # stale memory must never be read
         layer.key.fill_(torch.nan)
         layer.value.fill_(torch.nan)
-    return Engine(model, config, cache, None, **options)
+    return Engine(model, config, cache, None, swap_bytes=bytes_of(cache, swap_blocks), **options)
 
 
 NETWORK = tiny_transformer()
