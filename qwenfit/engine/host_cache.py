@@ -21,6 +21,7 @@ from torch import Tensor
 from qwenfit.engine.copies import tensor_of, to_device
 
 _PIECE = 16 << 20  # bytes of the host's memory that are taken at a time: pinned in a millisecond
+_AHEAD = 8 << 30  # bytes that are free at most, beyond those in use: what is not needed is not taken
 _THREADS = 3  # that take it: each makes a gigabyte of pages in half a second
 _STAGED = 32 << 20  # bytes of the device for each of three copies under way; a 256th of the cache if that is less
 _BACK = 512 << 20  # bytes that come back in a step: ten milliseconds
@@ -53,6 +54,7 @@ class HostCache:
         self.at_once = max(1, min(_STAGED // block_bytes, cache.num_blocks // 256))  # blocks of a copy
         self.back_at_once = max(1, _BACK // block_bytes)  # in a step, beside which they come
         self.num_moved = 0  # blocks, either way
+        self._ahead = max(1, _AHEAD // block_bytes)
         self._slots_of_piece = 1 << max(0, (_PIECE // block_bytes).bit_length() - 1)
         self._pieces: list[list[Tensor]] = []  # of each the parts for the views
         self._free: list[int] = []
@@ -75,8 +77,8 @@ class HostCache:
         return len(self._free)
 
     def keep_free(self, count: int) -> None:
-        """Have `count` free slots, soon, if that is no more than `most` in all."""
-        self._wanted = min(self.most, self.size - len(self._free) + count)
+        """Have `count` free slots, soon, if those are no more than _AHEAD bytes, and all no more than `most`."""
+        self._wanted = min(self.most, self.size - len(self._free) + min(count, self._ahead))
         if self._ways is None:
             self._grow()
         elif self.size < self._wanted and not any(thread.is_alive() for thread in self._threads):

@@ -66,8 +66,9 @@ class KVCache:
         views = []
         for part in (self._data, self._affine):
             if part is not None:
-                whole = part.flatten(0, 1).flatten(2)  # of numbers as wide as may be: they are only copied
-                whole = whole.view(torch.int64) if whole.shape[-1] * whole.itemsize % 8 == 0 else whole
+                whole = part.flatten(0, 1).flatten(2).view(torch.uint8)
+                if whole.shape[-1] % 8 == 0:  # they are only copied, and in wide numbers soonest
+                    whole = whole.view(torch.int64)
                 views.append(whole.transpose(0, 1))
         return views
 
