@@ -21,6 +21,7 @@ from torch import nn
 from qwenfit.checkpoint.resolve import resolve_model
 from qwenfit.config import ModelConfig
 from qwenfit.engine.params import SamplingParams
+from qwenfit.errors import NotFound
 from qwenfit.model.linear import Linear
 from qwenfit.model.transformer import Transformer
 
@@ -28,6 +29,13 @@ Figures = dict[str, Any]
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 BLOCK_SIZE = 16
+
+
+def need_gpu() -> None:
+    """Exit, with one sentence, where there is nothing to measure."""
+    if not GPU:
+        print("This measures a CUDA GPU, and torch finds none here: `qwenfit doctor` says why.", file=sys.stderr)
+        raise SystemExit(NotFound.exit_code)
 
 
 def record_head(kind: str) -> Figures:

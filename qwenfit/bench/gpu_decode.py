@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwenfit.bench.gpu_common import record_head
+from qwenfit.bench.gpu_common import need_gpu, record_head
 from qwenfit.bench.gpu_kernels import random_blocked
 from qwenfit.bench.gpu_prefill import StoredContext, in_float32, reference_logits
 from qwenfit.checkpoint.resolve import resolve_model
@@ -282,6 +282,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="decode 256 tokens about the same mean context")
     parser.add_argument("--seconds", type=float, default=115, help="no run is begun after these")
     options = parser.parse_args()
+    need_gpu()
     began = time.perf_counter()
     torch.manual_seed(0)
     if options.tuned:

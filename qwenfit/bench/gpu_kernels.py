@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from qwenfit.bench.gpu_common import record_head
+from qwenfit.bench.gpu_common import need_gpu, record_head
 from qwenfit.kernels.attention import LayerCache
 from qwenfit.kernels.kv_quant import quantize_kv
 from qwenfit.kernels.triton import tuning
@@ -508,6 +508,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=145, help="in all; parts that would begin later are left out")
     options = parser.parse_args()
+    need_gpu()
     began = time.perf_counter()
     torch.manual_seed(0)
     models, only = options.models.split(","), options.parts.split(",")

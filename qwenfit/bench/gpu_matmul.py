@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from qwenfit.bench.gpu_common import DEVICE, GPU, Figures, relative_error
+from qwenfit.bench.gpu_common import DEVICE, GPU, Figures, need_gpu, relative_error
 from qwenfit.bench.gpu_kernels import SHAPES, copies, empty_blocked, random_blocked, random_plain, time_us
 from qwenfit.kernels.triton import tuning
 from qwenfit.kernels.triton.arrange import arrange
@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=100)
     parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    need_gpu()
     torch.manual_seed(0)
     bits = [int(each) for each in options.bits.split(",")]
     if options.compile is not None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from qwenfit.bench.gpu_common import record_head
+from qwenfit.bench.gpu_common import need_gpu, record_head
 from qwenfit.bench.gpu_decode import LINEARS, packed_of, random_model, record_graph, start, unmoved
 from qwenfit.bench.gpu_kernels import attention_configs, compile_beside, group_configs, int_configs, once_each
 from qwenfit.bench.gpu_matmul import matmul_configs
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--tuned", type=Path, help="configs to begin with, a file as in kernels/triton/tuned/")
     parser.add_argument("--compile", metavar="I/N", help="only compile the I-th of N shares of what would be tried")
     options = parser.parse_args()
+    need_gpu()
     began = time.perf_counter()
     torch.manual_seed(0)
     if options.tuned:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
 from fakes import FakeModel, assert_empty, bytes_of, continue_alone, fake_engine, run_to_end, tiny_config, tokens_of
 
 from qwenfit.engine.host_cache import HostCache
 from qwenfit.engine.params import SamplingParams
+from qwenfit.engine.sizes import free_host_bytes
 from qwenfit.model.kv_cache import KVCache
 
 SIX = [[1, 2, 3, 4, 5 + i] for i in range(6)]
@@ -118,3 +120,9 @@ def test_where_the_host_has_no_more_memory_it_makes_do(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: (_ for _ in ()).throw(RuntimeError("no memory")))
     host.keep_free(3)
     assert (host.most, host.num_free, host.take(1)) == (0, 0, None)
+
+
+def test_memory_is_set_aside_only_where_requests_may_run_out_of_blocks():
+    assert fake_engine(64, 4, max_num_seqs=4, max_model_len=64, swap_blocks=10).host is None
+    assert fake_engine(63, 4, max_num_seqs=4, max_model_len=64, swap_blocks=10).host is not None
+    assert free_host_bytes("cpu") == 0 < free_host_bytes("cuda") <= psutil.virtual_memory().total // 4
