@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from qwenfit.engine.padding import SIZES
+from qwenfit.kernels.triton.launch import compile_side_by_side
 from qwenfit.kernels.triton.step_inputs import advance, extend, fill_step
 from qwenfit.model.decode import DecodeStep
 from qwenfit.model.kv_cache import KVCache
@@ -56,8 +57,10 @@ class DecodeGraphs:
 
         Compiles the kernels that fill their inputs as well.
         """
-        for size in reversed(self.sizes):
-            self._record(size)
+        steps = {size: self._step(size) for size in reversed(self.sizes)}
+        compile_side_by_side(lambda: [self._run(step, layers=1) for step in steps.values()])
+        for size, step in steps.items():
+            self._record(size, step)
         step, _ = self._recorded[self.sizes[0]]
         padding = torch.tensor([[0], [0], [-1], [0], [0]], device=self.device)
         tables = torch.zeros(1, 16, dtype=torch.int32, device=self.device)
@@ -96,8 +99,10 @@ class DecodeGraphs:
         buffers.input_ids[: self._batch].copy_(chosen)
         self._last.index_copy_(0, buffers.rows[: self._batch], chosen)
 
-    def _record(self, size: int) -> None:
-        step = DecodeStep(self.model, self.cache, size, self.max_blocks, self.device)
+    def _step(self, size: int) -> DecodeStep:
+        return DecodeStep(self.model, self.cache, size, self.max_blocks, self.device)
+
+    def _record(self, size: int, step: DecodeStep) -> None:
         self._run(step)  # compiles the kernels; all rows are padding, so the cache is left alone
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
@@ -107,10 +112,10 @@ class DecodeGraphs:
         self._recorded[size] = step, graph
 
     @torch.inference_mode()
-    def _run(self, step: DecodeStep) -> None:
-        """What a graph records."""
+    def _run(self, step: DecodeStep, layers: int | None = None) -> None:
+        """What a graph records; of only some layers, to compile its kernels."""
         size = len(step.buffers.input_ids)
         logits, tokens = self._logits[:size], self._tokens[:size]
-        step.run(logits)
+        step.run(logits, layers)
         self._greedy(logits, tokens)
         advance(step.buffers, tokens, self._last, self.cache.block_size)

@@ -6,6 +6,7 @@ Nothing in it depends on the host, so a CUDA graph can record it once and replay
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 
@@ -56,8 +57,11 @@ class DecodeStep:
         return inverse_frequencies(config.head_dim, config.rope_theta, alpha, config.yarn).to(self.device)
 
     @torch.inference_mode()
-    def run(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        """float32 logits [batch, vocab_size], in `out` if given; keys and values of the new tokens enter the cache."""
+    def run(self, out: torch.Tensor | None = None, layers: int | None = None) -> torch.Tensor:
+        """float32 logits [batch, vocab_size], in `out` if given; keys and values of the new tokens enter the cache.
+
+        layers: only the first so many, where the kernels count and not the result.
+        """
         model = self.model
         angles = (self._cos, self._sin, self._query_scale)
         contexts, stored = self.buffers.context_lens, self.cache.layers[0]
@@ -66,7 +70,7 @@ class DecodeStep:
             self.buffers.input_ids, model.embed_tokens.weight, self.buffers.positions, self._inverse,
             model.rotary.scaling, self._training_length, angles, self._hidden,
         )  # fmt: skip
-        for index, layer in enumerate(model.layers):
+        for index, layer in enumerate(islice(model.layers, layers)):
             assert isinstance(layer, Block)
             x = self._layer(index, layer, x, parts)
         head = model.embed_tokens.weight if model.lm_head is None else weight_of(model.lm_head)

@@ -43,8 +43,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice")
 
 @pytest.fixture
 def gpu(monkeypatch):
-    def record(graphs: DecodeGraphs, size: int) -> None:
-        step = DecodeStep(graphs.model, graphs.cache, size, graphs.max_blocks, graphs.device)
+    def record(graphs: DecodeGraphs, size: int, step: DecodeStep) -> None:
         graphs._recorded[size] = step, Replayed(lambda: graphs._run(step))
 
     monkeypatch.setattr(runner, "_fused", lambda *_: True)

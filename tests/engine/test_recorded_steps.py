@@ -59,7 +59,7 @@ class FakeStep:
     def set_alphas(self, alphas) -> None:
         self.alphas[: len(alphas)] = alphas
 
-    def run(self, out) -> None:
+    def run(self, out, layers=None) -> None:
         buffers, out[:] = self.buffers, torch.nan
         count = int((buffers.context_lens > 0).sum())
         assert buffers.slots.tolist()[count:] == [-1] * (len(out) - count) and int(buffers.slots[:count].min()) >= 0
@@ -80,8 +80,10 @@ class Recorded(DecodeGraphs):
     def goes_on(self) -> int:
         return self.replays - self.fills
 
-    def _record(self, size) -> None:
-        step = FakeStep(self.model, self.cache, size, self.max_blocks, self.device)
+    def _step(self, size) -> FakeStep:
+        return FakeStep(self.model, self.cache, size, self.max_blocks, self.device)
+
+    def _record(self, size, step) -> None:
         self._recorded[size] = step, self
 
     def run(self, *inputs):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.runtime.jit import JITFunction
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -74,6 +77,31 @@ def options(tensor: torch.Tensor) -> dict[str, Any]:
     if INTERPRETED or not _overlaps(tensor.device):
         return {"OVERLAP": False}
     return {"OVERLAP": True, "launch_pdl": True}
+
+
+def compile_side_by_side(launch: Callable[[], object]) -> None:
+    """Compile the kernels that `launch` launches, on all cores, and run none of them.
+
+    One after the other they take most of a minute where none has been compiled before. What fails here is met again,
+    and told of, where it is launched.
+    """
+    if INTERPRETED or not hasattr(triton, "AsyncCompileMode"):
+        return
+    run = JITFunction.run
+
+    def only_compile(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return run(self, *arguments, grid=grid, warmup=True, **options)
+
+    JITFunction.run = only_compile
+    try:
+        with (
+            ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads,
+            contextlib.suppress(Exception),
+            triton.AsyncCompileMode(threads, ignore_errors=True),
+        ):
+            launch()
+    finally:
+        JITFunction.run = run
 
 
 def device_limits() -> dict[str, float]:

@@ -1,0 +1,89 @@
+"""Kernels are compiled side by side for a card that is not there: a driver that knows only what a Hopper is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = """
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+
+class Hopper:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+driver.set_active(Hopper())
+torch.cuda.get_device_capability = lambda *_: (9, 0)
+
+from qwenfit.kernels.triton.gate import silu_mul
+from qwenfit.kernels.triton.launch import compile_side_by_side
+
+
+@triton.jit
+def broken(x_ptr):
+    there_is_no_such_name(x_ptr)
+
+
+launched, compiled = [], []
+CompiledKernel.run = property(lambda kernel: lambda *_: launched.append(kernel.name))
+CompiledKernel.launch_metadata = lambda *_: None
+CompiledKernel._init_handles = lambda *_: None
+CompiledKernel.function = 0
+triton.knobs.compilation.listener = lambda **given: compiled.append(given["src"].name)
+x, before = torch.randn(4, 64, dtype=torch.bfloat16), JITFunction.run
+
+
+def launch():
+    broken[(1,)](x)
+    for _ in range(3):
+        silu_mul(x)
+        silu_mul(x.half())
+    raise RuntimeError("of something else")
+
+
+compile_side_by_side(launch)
+assert not launched and JITFunction.run is before
+assert sorted(compiled) == ["_silu_mul", "_silu_mul"], compiled
+silu_mul(x), silu_mul(x.half())
+assert len(compiled) == 2 and launched == ["_silu_mul", "_silu_mul"], (compiled, launched)
+try:
+    broken[(1,)](x)
+except Exception as error:
+    print("told:", type(error).__name__)
+"""
+
+
+def test_kernels_are_compiled_side_by_side_and_not_run(tmp_path: Path) -> None:
+    """What cannot be compiled is told of where it is launched, and not before."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "told: CompilationError" in done.stdout, done.stdout + done.stderr
