@@ -256,6 +256,8 @@ def test_the_kernels_for_few_tokens_draw_as_the_general_way_does():
     ]
     seen = set()
     for seed in range(30):
+        if seed == 4:  # each of them costs the interpreter a round of every row
+            params[4] = SamplingParams(top_k=24, min_tokens=9)
         requests = [request(p, row=i, seed=seed, stop_ids=[7, 8]) for i, p in enumerate(params)]
         known = sampler(vocab, banned)
         wanted = known._general(logits.clone(), requests)
