@@ -127,10 +127,12 @@ class Runner:
     def _warm_up(self, model: Transformer, max_num_seqs: int, max_batched_tokens: int) -> None:
         """Compile and record at the start what would stop the requests later. The cache is still empty."""
         from qwenfit.engine.warm_up import compile_prompts, load_products
+        from qwenfit.kernels.triton.launch import compile_side_by_side
         from qwenfit.model.batch import Chunk, make_batch
         from qwenfit.model.prefill import prefill
 
         size = self.block_size
+        compile_side_by_side(lambda: compile_prompts(model, self.cache, self.device))
         compile_prompts(model, self.cache, self.device)
         if self.cache.num_blocks >= 2:  # a decoded token, and the second part of a prompt
             table = [0] * self._tables.shape[1]
