@@ -229,14 +229,14 @@ _LIMIT = "measurements/rows-h200-*.json and gpu-decode-h200-5.json: what the sha
 _CPU = "measurements/decode-amd-epyc-*.json and compare-amd-epyc-*.json: 0.5B to 7B on two Zen 3 cores"
 _CPU_TILES = "measurements/prefill-*.json: 0.5B to 3B, 32 to 512 tokens, on two Emerald Rapids cores"
 _CPU_TRAIN = "one step of LoRA on Qwen2.5-0.5B, 256 tokens, bf16 and fp32, one core of Emerald Rapids, by its profile"
-_ROWS = "gpu-decode-h200-8 to -11, gpu-search-h200-*-x2, gpu-tiles-h200 (steps of 2 to 256 sequences); 512: estimated"
+_ROWS = "gpu-decode-h200-8 to -11, gpu-search-h200-*-x2, gpu-tiles-h200 (steps of 2 to 256 sequences); above: estimated"
 # Bytes/s at which weights are multiplied at most with up to so many requests at once: what a Hopper's cores take. Many
 # unpack int4 and int8 weights first (kernels/choice.py).
 ROWS_LIMITS = {  # by kind of READ_KINDS (planning/stack.py)
     "plain_rows": {128: 3.3e12, 256: 2.25e12, 512: 1.2e12},
     "int4": {
         2: 2.3e12, 4: 2.05e12, 8: 2.2e12, 16: 2.1e12, 32: 1.55e12, 64: 1.1e12, 128: 0.63e12, 256: 0.4e12,
-        512: 0.2e12,
+        384: 0.28e12, 512: 0.2e12,
     },
     "int8": {
         2: 2.78e12, 4: 2.94e12, 8: 3.16e12, 16: 3.16e12, 32: 2.75e12, 64: 1.7e12, 128: 0.95e12, 256: 0.58e12,

@@ -127,7 +127,8 @@ def takes_rows(device: Device, rows: int, stack: Stack) -> bool:
 def rows_limit(stack: Stack, kind: str, rows: int, device: Device) -> float:
     """Bytes/s at which a card multiplies int4 or int8 weights at most with so many rows: by its share of a Hopper."""
     limits = stack.rows_limits[kind]
-    return limits[min(max(limits), 1 << (rows - 1).bit_length())] * (device.units or HOPPER_UNITS) / HOPPER_UNITS
+    limit = next((limits[count] for count in sorted(limits) if rows <= count), limits[max(limits)])
+    return limit * (device.units or HOPPER_UNITS) / HOPPER_UNITS
 
 
 def plain_rows_rate(stack: Stack, rows: int, device: Device) -> float:
