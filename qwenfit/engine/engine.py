@@ -18,7 +18,7 @@ import torch
 
 from qwenfit.config import ModelConfig
 from qwenfit.engine.block_pool import BlockPool, prefix_root
-from qwenfit.engine.host_cache import HostCache
+from qwenfit.engine.host_cache import HostCache, Pair
 from qwenfit.engine.interrupts import Interrupts
 from qwenfit.engine.output import Delta, Stats, TokenLogprob
 from qwenfit.engine.params import SamplingParams
@@ -48,7 +48,8 @@ class Flight:
 
 
 class Engine:
-    """Add requests, then call `step` while there are any. One thread at a time; its memory does not grow.
+    """Add requests, then call `step` while there are any. One thread at a time; its memory does not grow, but for the
+    host's that `swap_bytes` allow.
 
     In `interrupts.taken` Ctrl-C interrupts the network and nothing else: a step is taken again, and no token is lost.
 
@@ -196,7 +197,7 @@ class Engine:
         self._interrupted = False
         batch = self.scheduler.schedule()
         if self.host is not None:
-            self.host.move(*self.scheduler.moves())
+            self._move(self.host, *self.scheduler.moves())
         fits = self._launch(batch) if batch else True
         while self._flights and (len(self._flights) > self._ahead or not batch or not fits):
             self._read()
@@ -207,6 +208,14 @@ class Engine:
         if not self.has_work:
             self._flights.clear()  # a step beyond the end of every answer: nobody waits for it
         return deltas
+
+    def _move(self, host: HostCache, out: list[Pair], back: list[Pair]) -> None:
+        """Make the scheduler's moves; whose fail, for want of memory, end."""
+        try:
+            host.move(out, back)
+        except torch.OutOfMemoryError:
+            for request in self.scheduler.moved(out, back):
+                self._untold.append(self._end(request, "error", "The device ran out of memory."))
 
     def _launch(self, batch: list[Request]) -> bool:
         """Start the step; False where the device has no memory for it."""

@@ -44,6 +44,7 @@ class Scheduler:
         self._promised = 0  # blocks that those who run have, or may come to have
         self._rows = list(range(max_num_seqs - 1, -1, -1))
         self._stopped: list[Request] = []  # those of `waiting` that still have blocks
+        self._returning: list[Request] = []  # those of `running` that do not have all of theirs back
         self._out: list[Pair] = []  # what `moves` returns
         self._back: list[Pair] = []
 
@@ -52,7 +53,7 @@ class Scheduler:
         batch: list[Request] = []
         preemptions = self.num_preemptions
         size = self.pool.block_size
-        if self.host is not None and 2 * self.pool.num_free < self.pool.num_blocks < self._promised:
+        if self.host is not None and 4 * self.pool.num_free < self.pool.num_blocks < self._promised:
             self.host.keep_free(self._promised - self.pool.num_blocks)
         for request in self.running.copy():  # written for speed: hundreds of them, each step
             length = request.length
@@ -70,7 +71,7 @@ class Scheduler:
         if preemptions == self.num_preemptions:
             while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs and self._admit():
                 budget -= self._schedule_prompt(self.running[-1], budget, batch)
-            if self.host is not None:
+            if self.host is not None and self._returning:
                 self._bring_back(self.host)
         return batch
 
@@ -78,6 +79,12 @@ class Scheduler:
         """What to copy before the step: from blocks to slots of `host`, and after that from slots to blocks."""
         out, back, self._out, self._back = self._out, self._back, [], []
         return out, back
+
+    def moved(self, out: list[Pair], back: list[Pair]) -> list[Request]:
+        """Whose blocks these `moves` are of."""
+        slots, blocks = {slot for _, slot in out}, {block for _, block in back}
+        known = [*self.running, *self.waiting]
+        return [request for request in known if slots & {*request.slots} or blocks & {*request.blocks}]
 
     def launched(self, batch: list[Request]) -> None:
         """Whatever the device does next finds the step's keys and values in the cache."""
@@ -144,9 +151,14 @@ class Scheduler:
         return request
 
     def _keep(self, request: Request, host: HostCache) -> bool:
-        """Let a request that is stopped keep what it has computed, if the host has room for that."""
+        """Let a request that is stopped keep what it has computed, if the host has room for that.
+
+        But not where others have half of it too: then it finds that again, and the rest is soon computed.
+        """
         if not request.slots:  # else it is stopped again before all was back
             count = -(-request.computed // self.pool.block_size)
+            if 2 * sum(map(self.pool.is_shared, request.blocks)) >= count:
+                return False
             slots = host.take(count)
             if not slots:
                 return False
@@ -157,21 +169,18 @@ class Scheduler:
             self._stopped.append(request)
         return True
 
-    def _move_out(self, all_but: Request | None = None) -> bool:
-        """Free blocks of a stopped request; False: there are none. What others hold too stays, but with `all_but`."""
+    def _move_out(self, but: Request | None = None) -> bool:
+        """Take blocks, the last ones first, from a stopped request other than `but`; False: there are none."""
         for request in self._stopped:
-            if request is all_but:
+            if request is but:
                 continue
             count = 0
             while request.blocks and self.host is not None and count < self.host.at_once:
-                block, last = request.blocks[-1], request.resident - 1
-                if all_but is None and self.pool.is_shared(block):
-                    break
-                if last < request.hosted:
-                    self._out.append((block, request.slots[last]))
-                    request.hosted = last
-                self.pool.release([request.blocks.pop()])
-                request.resident = last
+                block, request.resident = request.blocks.pop(), request.resident - 1
+                if request.resident < request.hosted:
+                    request.hosted = request.resident
+                    self._out.append((block, request.slots[request.resident]))
+                self.pool.release([block])
                 count += 1
             if count:
                 if not request.blocks:
@@ -181,14 +190,13 @@ class Scheduler:
 
     def _bring_back(self, host: HostCache) -> None:
         """Go on with moving back what was moved out of those that run again; they go on with the step after."""
-        for request in self.running:
+        for request in self._returning.copy():
             first, count = request.resident, len(request.slots)
-            if first == count:
-                continue
             until = min(count, first + host.back_at_once - len(self._back))
             self._back += zip(request.slots[first:until], request.blocks[first:until], strict=True)
             request.resident = until
             if until == count:
+                self._returning.remove(request)
                 self._forget_slots(request)
 
     def _forget_slots(self, request: Request) -> None:
@@ -201,20 +209,16 @@ class Scheduler:
         request = self.waiting[0]
         if request.pending:  # stopped while its last token was under way
             return False
-        if not self.running:  # nobody but the stopped holds any, and one alone can have all
-            while self._move_out(all_but=request):
-                pass
         pool, length = self.pool, len(request.tokens)
         if request.slots:
-            return self._admit_kept(request, -(-length // pool.block_size) - len(request.blocks))
+            return self._admit_kept(request)
         cached: list[int] = []
         if self.prefix_cache:
             full = (length - 1) // pool.block_size
             self._hash_blocks(request, full)
             cached = pool.find(request.block_hashes[:full])
         need = -(-length // pool.block_size) - len(cached)
-        # A block to grow into for everyone who runs, lest the next step preempts what this one lets in.
-        if need + len(self.running) > pool.num_free_without(cached):
+        if not self._has_room(request, need, cached):
             return False
         pool.hold(cached)
         request.blocks = cached + pool.take(need)
@@ -225,18 +229,37 @@ class Scheduler:
         self._run(request)
         return True
 
-    def _admit_kept(self, request: Request, need: int) -> bool:
-        """`_admit` for one that has kept what it has computed, some of it in slots of the host."""
-        if need + len(self.running) > self.pool.num_free:
+    def _admit_kept(self, request: Request) -> bool:
+        """`_admit` for one that has kept what it has computed: in blocks, in slots, or in blocks that others have."""
+        pool, have, length = self.pool, request.resident, len(request.tokens)
+        known: list[int] = []
+        if self.prefix_cache and have < len(request.slots):
+            full = request.computed // pool.block_size
+            self._hash_blocks(request, full)
+            known = pool.find(request.block_hashes[:full])[have:]
+        need = -(-length // pool.block_size) - have - len(known)
+        if not self._has_room(request, need, known):
             return False
-        request.blocks += self.pool.take(need)
-        request.shared_blocks = min(request.shared_blocks, request.resident)
+        pool.hold(known)
+        request.blocks += known + pool.take(need)
+        request.resident += len(known)
+        request.shared_blocks = min(request.shared_blocks, have)
         if request in self._stopped:
             self._stopped.remove(request)
         if request.resident == len(request.slots):
             self._forget_slots(request)
+        else:
+            self._returning.append(request)
         self._run(request)
         return True
+
+    def _has_room(self, request: Request, need: int, cached: list[int]) -> bool:
+        """Whether it may take so many blocks beside `cached`. Where nobody runs, the stopped give theirs up for it."""
+        pool = self.pool
+        while not self.running and need > pool.num_free_without(cached) and self._move_out(but=request):
+            pass
+        # A block to grow into for everyone who runs, lest the next step preempts what this one lets in.
+        return need + len(self.running) <= pool.num_free_without(cached)
 
     def _run(self, request: Request) -> None:
         request.row = self._rows.pop()
@@ -247,6 +270,8 @@ class Scheduler:
 
     def _stop(self, request: Request) -> None:
         request.running = False
+        if request in self._returning:
+            self._returning.remove(request)
         self._rows.append(request.row)
         self._promised -= self._most_blocks(request)
 

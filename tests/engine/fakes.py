@@ -205,7 +205,7 @@ def assert_empty(engine: Engine) -> None:
     assert not any(scheduler.pool._references)
     assert sorted(scheduler._rows) == list(range(scheduler.max_num_seqs))
     assert scheduler._promised == 0
-    assert not scheduler._stopped and not scheduler._out and not scheduler._back
+    assert not scheduler._returning and not scheduler._stopped and not scheduler._out and not scheduler._back
     if engine.host is not None:
-        assert sorted(engine.host._free) == list(range(min(engine.host.size, engine.host.most)))
+        assert sorted(engine.host.memory.free) == list(range(engine.host.memory.size))
     assert len(scheduler.pool._hash_of) == len(scheduler.pool._block_of) <= scheduler.pool.num_blocks

@@ -98,8 +98,8 @@ def check_blocks(engine: Engine) -> None:
     assert pool._references == [held[block] for block in range(pool.num_blocks)]
     assert set(pool._free) == {block for block in range(pool.num_blocks) if not held[block]}
     if engine.host is not None:
-        slots = [slot for request in requests for slot in request.slots] + engine.host._free
-        assert sorted(slots) == list(range(min(engine.host.size, engine.host.most)))
+        slots = [slot for request in requests for slot in request.slots] + engine.host.memory.free
+        assert sorted(slots) == list(range(engine.host.memory.size))
 
 
 def check_answers(outcome: list[tuple[dict, list]], expected, seen: Counter) -> None:

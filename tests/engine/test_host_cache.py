@@ -80,12 +80,49 @@ def test_a_cancelled_request_leaves_nothing_on_the_host():
     assert_empty(engine)
 
 
-def test_those_that_share_a_beginning_do_not_hold_each_other_up():
-    """Blocks that only stopped requests hold are given up for one that could not run beside them."""
+def test_those_that_share_most_of_what_they_have_find_it_again():
+    """Each its own copy of the others' beginning would leave room for few."""
+    steps = []
+    for swap_blocks in (0, 1000):
+        model = FakeModel()
+        engine = fake_engine(14, model=model, swap_blocks=swap_blocks)
+        shared = list(range(1, 25))
+        answers(engine, model, [*([*shared, 40 + i] for i in range(5)), [9] * 30], 24)
+        steps.append(len(model.token_counts))
+    assert steps[1] <= steps[0]
+
+
+def test_what_others_have_too_does_not_come_back_twice():
+    moved = []
+    for prompts in (SIX, [[i, *prompt[1:]] for i, prompt in enumerate(SIX)]):  # with a block in common, and with none
+        model = FakeModel()
+        engine = fake_engine(12, model=model, swap_blocks=1000)
+        answers(engine, model, prompts)
+        moved.append(engine.host.num_moved)
+    assert 0 < moved[0] < moved[1]
+
+
+def test_whose_blocks_cannot_be_moved_ends_and_the_others_do_not(monkeypatch):
     model = FakeModel()
-    shared = list(range(1, 25))
-    engine = fake_engine(14, model=model, swap_blocks=1000, prefix_cache=True)
-    answers(engine, model, [*([*shared, 40 + i] for i in range(5)), [9] * 30], 24)
+    engine = fake_engine(12, model=model, swap_blocks=1000, prefix_cache=False)
+    move, failed = engine.host.move, []
+
+    def once(out, back):
+        if (out or back) and not failed:
+            failed.append(len(out) + len(back))
+            raise torch.OutOfMemoryError("no memory")
+        move(out, back)
+
+    monkeypatch.setattr(engine.host, "move", once)
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    ids = [engine.add(prompt, params) for prompt in SIX]
+    made = run_to_end(engine)
+    reasons = [made[request_id, 0][-1].finish_reason for request_id in ids]
+    assert reasons.count("error") == 1 and reasons.count("length") == 5
+    for request_id, prompt in zip(ids, SIX, strict=True):
+        tokens = tokens_of(made[request_id, 0])
+        assert tokens == continue_alone(model, tiny_config(), prompt, 40)[: len(tokens)]
+    assert_empty(engine)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8", "fp32"])
@@ -97,7 +134,7 @@ def test_a_block_comes_back_as_it_was(dtype):
     before = [view.clone() for view in cache.by_block]
     host = HostCache(cache, bytes_of(cache, 6))
     host.keep_free(6)
-    assert (host.most, host.num_free) == (6, 6) and cache.nbytes == bytes_of(cache, 8)
+    assert (host.memory.most, host.memory.size) == (6, 6) and cache.nbytes == bytes_of(cache, 8)
     slots = host.take(5)
     assert host.take(2) is None and len(set(slots)) == 5
     host.move(list(zip([0, 2, 3, 5, 7], slots, strict=True)), [])
@@ -111,7 +148,7 @@ def test_a_block_comes_back_as_it_was(dtype):
         assert not view[[1, 4, 6]].any()
     host.release(slots)
     host.keep_free(100)
-    assert host.num_free == 6
+    assert len(host.memory.free) == 6
 
 
 def test_where_the_host_has_no_more_memory_it_makes_do(monkeypatch):
@@ -119,7 +156,7 @@ def test_where_the_host_has_no_more_memory_it_makes_do(monkeypatch):
     host = HostCache(cache, bytes_of(cache, 6))
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: (_ for _ in ()).throw(RuntimeError("no memory")))
     host.keep_free(3)
-    assert (host.most, host.num_free, host.take(1)) == (0, 0, None)
+    assert (host.memory.most, host.memory.free, host.take(1)) == (0, [], None)
 
 
 def test_memory_is_set_aside_only_where_requests_may_run_out_of_blocks():

@@ -12,6 +12,8 @@ import pytest
 pytest.importorskip("triton")
 
 SCRIPT = """
+import threading
+
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -63,6 +65,16 @@ def launch():
     raise RuntimeError("of something else")
 
 
+def beside():
+    # Another thread's launch meanwhile is none of ours.
+    other = threading.Thread(target=silu_mul, args=(torch.randn(4, 128, dtype=torch.bfloat16),))
+    other.start()
+    other.join()
+
+
+compile_side_by_side(beside)
+assert launched == ["_silu_mul"], launched
+launched.clear(), compiled.clear()
 compile_side_by_side(launch)
 assert not launched and JITFunction.run is before
 assert sorted(compiled) == ["_silu_mul", "_silu_mul"], compiled

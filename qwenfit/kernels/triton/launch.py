@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,6 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime.jit import JITFunction
 
+_COMPILING = threading.Lock()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -87,21 +89,23 @@ def compile_side_by_side(launch: Callable[[], object]) -> None:
     """
     if INTERPRETED or not hasattr(triton, "AsyncCompileMode"):
         return
-    run = JITFunction.run
+    with _COMPILING:
+        run, mine = JITFunction.run, threading.get_ident()
 
-    def only_compile(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        return run(self, *arguments, grid=grid, warmup=True, **options)
+        def only_compile(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+            warmup = warmup or threading.get_ident() == mine  # other threads' launches are none of ours
+            return run(self, *arguments, grid=grid, warmup=warmup, **options)
 
-    JITFunction.run = only_compile
-    try:
-        with (
-            ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads,
-            contextlib.suppress(Exception),
-            triton.AsyncCompileMode(threads, ignore_errors=True),
-        ):
-            launch()
-    finally:
-        JITFunction.run = run
+        JITFunction.run = only_compile
+        try:
+            with (
+                ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads,
+                contextlib.suppress(Exception),
+                triton.AsyncCompileMode(threads, ignore_errors=True),
+            ):
+                launch()
+        finally:
+            JITFunction.run = run
 
 
 def device_limits() -> dict[str, float]:
