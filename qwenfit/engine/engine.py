@@ -79,6 +79,8 @@ class Engine:
         max_model_len = config.context_length if max_model_len is None else max_model_len
         if min(max_model_len, max_num_seqs) < 1:
             raise UsageError("max_model_len and max_num_seqs are at least 1.")
+        if swap_bytes < 0:
+            raise UsageError(f"swap_bytes is at least 0, and {swap_bytes} was given.")
         if max_batched_tokens < max_num_seqs:
             raise UsageError(f"max_batched_tokens ({max_batched_tokens}) is below max_num_seqs ({max_num_seqs}).")
         self.config = config

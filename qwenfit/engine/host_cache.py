@@ -56,15 +56,16 @@ class HostCache:
             self._ways = _Ways(self._views, self.at_once)
 
     def keep_free(self, count: int) -> None:
-        """Have `count` free slots, soon; see `HostMemory.keep_free`."""
+        """See `HostMemory.keep_free`."""
         self.memory.keep_free(count)
 
     def take(self, count: int) -> list[int] | None:
-        """Free slots, or None if there are not so many."""
+        """See `HostMemory.take`."""
         return self.memory.take(count)
 
     def release(self, slots: list[int]) -> None:
-        self.memory.free += slots
+        """See `HostMemory.release`."""
+        self.memory.release(slots)
 
     @torch.inference_mode()
     def move(self, out: Sequence[Pair], back: Sequence[Pair]) -> None:

@@ -62,6 +62,10 @@ class HostMemory:
             return None
         return [self.free.pop() for _ in range(count)]
 
+    def release(self, slots: list[int]) -> None:
+        """Slots that `take` gave."""
+        self.free += slots
+
     def at(self, slot: int) -> Iterator[Tensor]:
         """The tensors of a slot."""
         piece, i = divmod(slot, self._of_piece)

@@ -17,8 +17,8 @@ class Scheduler:
     new ones; a prompt longer than what is left of the step goes on in the next. A request is let in when there are
     blocks for all it has so far, so only decoding can run out; then the request let in last is stopped and waits. With
     a slot in `host` for each of its blocks it gives these up as they are needed, and has them copied back before it
-    goes on; else it gives all back at once, and is computed again. The first one is never stopped, so there is always
-    progress.
+    goes on; else, and where others have half of them too, it gives all back at once, and is computed again. The first
+    one is never stopped, so there is always progress.
 
     `moves` must be made before each step.
 

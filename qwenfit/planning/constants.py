@@ -283,7 +283,7 @@ MEASURED: dict[str, Constant] = {
             0.25,
             "relative",
             "half-width of the speed interval of several requests with int4 or int8 weights, and of more than 256",
-            "the same records, within 16 %; no card but a Hopper was measured, nor more than 256",
+            "the same records, within 10 %; no card but a Hopper was measured, nor more than 256",
         ),
         Constant("qwenfit_read_plain", 0.983, "of a plain read", "16-bit weights in a decode step", _DECODE),
         Constant(

@@ -10,6 +10,7 @@ from fakes import FakeModel, assert_empty, bytes_of, continue_alone, fake_engine
 from qwenfit.engine.host_cache import HostCache
 from qwenfit.engine.params import SamplingParams
 from qwenfit.engine.sizes import free_host_bytes
+from qwenfit.errors import UsageError
 from qwenfit.model.kv_cache import KVCache
 
 SIX = [[1, 2, 3, 4, 5 + i] for i in range(6)]
@@ -149,6 +150,11 @@ def test_a_block_comes_back_as_it_was(dtype):
     host.release(slots)
     host.keep_free(100)
     assert len(host.memory.free) == 6
+
+
+def test_less_than_no_memory_is_refused():
+    with pytest.raises(UsageError, match="swap_bytes is at least 0"):
+        fake_engine(swap_blocks=-1)
 
 
 def test_where_the_host_has_no_more_memory_it_makes_do(monkeypatch):
