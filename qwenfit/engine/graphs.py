@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from qwenfit.engine.padding import SIZES
-from qwenfit.kernels.triton.launch import compile_side_by_side
 from qwenfit.kernels.triton.step_inputs import advance, extend, fill_step
 from qwenfit.model.decode import DecodeStep
 from qwenfit.model.kv_cache import KVCache
@@ -39,6 +38,7 @@ class DecodeGraphs:
         self._greedy, self._last = greedy, last
         self.sizes = [size for size in SIZES if size < max_batch]
         self.sizes += [size for size in SIZES if size >= max_batch][:1]
+        self._steps = {size: self._step(size) for size in reversed(self.sizes)}
         self.pool: Any = None  # torch's handle of the memory that all graphs share
         self._recorded: dict[int, tuple[DecodeStep, torch.cuda.CUDAGraph]] = {}
         self._batch = self._size = 0  # of the last step
@@ -52,16 +52,20 @@ class DecodeGraphs:
         """The step of one of `sizes`; until inputs are filled in, of padding."""
         return self._recorded[size][1]
 
-    def record(self) -> None:
-        """Record all sizes, the largest first: the memory that it takes serves the others too.
+    def launch_each(self) -> None:
+        """Launch every kernel of all sizes, with padding, and those that fill inputs: so that they are compiled."""
+        for step in self._steps.values():
+            self._run(step, layers=1)
+        self._fill_padding()
 
-        Compiles the kernels that fill their inputs as well.
-        """
-        steps = {size: self._step(size) for size in reversed(self.sizes)}
-        compile_side_by_side(lambda: [self._run(step, layers=1) for step in steps.values()])
-        for size, step in steps.items():
+    def record(self) -> None:
+        """Record all sizes, the largest first: the memory that it takes serves the others too."""
+        for size, step in self._steps.items():
             self._record(size, step)
-        step, _ = self._recorded[self.sizes[0]]
+        self._fill_padding()
+
+    def _fill_padding(self) -> None:
+        step = self._steps[self.sizes[0]]
         padding = torch.tensor([[0], [0], [-1], [0], [0]], device=self.device)
         tables = torch.zeros(1, 16, dtype=torch.int32, device=self.device)
         fill_step(step.buffers, padding, tables[:, : self.max_blocks], self._last)

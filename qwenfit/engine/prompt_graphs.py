@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from qwenfit.engine.copies import tensor_of, to_device
 from qwenfit.engine.costs import seconds
+from qwenfit.engine.graphs import DecodeGraphs
 from qwenfit.kernels.triton.ragged import RaggedPlan
 from qwenfit.model.kv_cache import KVCache
 from qwenfit.model.prefill import run_layers
@@ -53,16 +53,20 @@ class PromptStep:
 class PromptGraphs:
     """Records a prompt's step, padded to one of LENGTHS, when such a length comes for the second time.
 
-    The first time it is run as it is, which compiles and loads what it takes. `pool`: the memory of other graphs, of
-    which none runs at the same time.
+    The first time it is run as it is, which compiles and loads what it takes. `graphs`: whose memory these take too, as
+    none of them runs at the same time.
     """
 
-    def __init__(self, model: Transformer, cache: KVCache, pool: Any, device: torch.device) -> None:
+    def __init__(self, model: Transformer, cache: KVCache, graphs: DecodeGraphs, device: torch.device) -> None:
         self.model, self.cache, self.device = model, cache, device
-        self._pool = pool
+        self._graphs = graphs
         self._steps: dict[int, PromptStep] = {}
         self._recorded: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self.seconds: dict[int, float] = {}  # that the device takes for each length that is recorded
+
+    def launch_each(self, size: int = USUAL) -> None:
+        """Launch every kernel that `prepare` takes, so that they are compiled."""
+        PromptStep(self.model, self.cache, size, self.device).run()
 
     @torch.inference_mode()
     def prepare(self, size: int = USUAL) -> None:
@@ -104,6 +108,6 @@ class PromptGraphs:
 
     def _record(self, step: PromptStep) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.inference_mode(), torch.cuda.graph(graph, pool=self._graphs.pool, capture_error_mode="thread_local"):
             logits = step.run()
         return graph, logits

@@ -126,39 +126,49 @@ class Runner:
 
     def _warm_up(self, model: Transformer, max_num_seqs: int, max_batched_tokens: int) -> None:
         """Compile and record at the start what would stop the requests later. The cache is still empty."""
+        from qwenfit.engine.graphs import DecodeGraphs
+        from qwenfit.engine.prompt_graphs import PromptGraphs
         from qwenfit.engine.warm_up import compile_prompts, load_products
         from qwenfit.kernels.triton.launch import compile_side_by_side
         from qwenfit.model.batch import Chunk, make_batch
         from qwenfit.model.prefill import prefill
 
-        size = self.block_size
-        compile_side_by_side(lambda: compile_prompts(model, self.cache, self.device))
-        compile_prompts(model, self.cache, self.device)
-        if self.cache.num_blocks >= 2:  # a decoded token, and the second part of a prompt
-            table = [0] * self._tables.shape[1]
-            chunks = [Chunk([0], 1, table), Chunk([0] * size, size, [0, 1, *table[2:]])]
-            batch = make_batch(chunks, size, self.device)
-            prefill(model, batch, self.cache, batch.logits_indices)
+        size, width, on_gpu = self.block_size, self._tables.shape[1], self.device.type == "cuda"
+        # A decoded token, and the second part of a prompt.
+        chunks = [Chunk([0], 1, [0] * width), Chunk([0] * size, size, [0, 1, *[0] * (width - 2)])]
+        batch = make_batch(chunks, size, self.device) if self.cache.num_blocks >= 2 else None
+        graphs = prompts = None
         if _plain(model):
+            graphs = DecodeGraphs(model, self.cache, max_num_seqs, width, self.device, self._greedy, self._last)
+            prompts = PromptGraphs(model, self.cache, graphs, self.device)
             self.pads = max_num_seqs > 1
-            if self.pads and self.device.type == "cuda":
+        prepares = self.pads and batch is not None and on_gpu
+
+        def step() -> object:
+            return None if batch is None else prefill(model, batch, self.cache, batch.logits_indices)
+
+        def launch_prompts() -> None:
+            compile_prompts(model, self.cache, self.device)
+            step()
+            if self.pads and on_gpu:
                 load_products(model, self.cache, max_batched_tokens, max_num_seqs)
-            from qwenfit.engine.graphs import DecodeGraphs
-            from qwenfit.engine.prompt_graphs import PromptGraphs
 
-            self._graphs = DecodeGraphs(
-                model, self.cache, max_num_seqs, self._tables.shape[1], self.device, self._greedy, self._last
-            )
-            self._graphs.record()
-            self._prompts = PromptGraphs(model, self.cache, self._graphs.pool, self.device)
-            if self.cache.num_blocks >= 2 and self.device.type == "cuda":
+        def launch_each() -> None:
+            if graphs is not None:
+                graphs.launch_each()
+            if prompts is not None and prepares:
+                prompts.launch_each()
+            launch_prompts()
 
-                def launch() -> Tensor:
-                    return prefill(model, batch, self.cache, batch.logits_indices)
-
-                self._costs = Costs.measured(launch, self._graphs, self.cache)
-                if self.pads:
-                    self._prompts.prepare()
+        compile_side_by_side(launch_each)
+        launch_prompts()
+        if graphs is not None:
+            graphs.record()
+            self._graphs, self._prompts = graphs, prompts
+            if batch is not None and on_gpu:
+                self._costs = Costs.measured(step, graphs, self.cache)
+        if prompts is not None and prepares:
+            prompts.prepare()
 
     def run(self, requests: list[Request]) -> tuple[Tensor | None, Tensor | None]:
         """Compute each request's scheduled tokens.

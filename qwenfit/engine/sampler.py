@@ -54,16 +54,22 @@ class Sampler:
     @torch.inference_mode()
     def compile(self, width: int) -> None:
         """Have the kernels for logits of `width` ready that steps take: on a GPU, before the first request comes."""
+        from qwenfit.kernels.triton.launch import compile_side_by_side
         from qwenfit.kernels.triton.repetition import penalise_repetition
         from qwenfit.kernels.triton.top_k import draw_top_k
 
         logits = torch.zeros(1, width, device=self.device)
-        self.greedy(logits)
         knobs = torch.tensor([[1.0], [1.0], [1.0], [0.0], [0.0]], dtype=torch.float64, device=self.device)
-        for most in (1, _FEW):
-            draw_top_k(logits, self.vocab_size, knobs, most, self._mask)
         given = torch.zeros(4, 1, dtype=torch.int64, device=self.device)  # of no token
-        penalise_repetition(logits, torch.zeros(1, 16, dtype=torch.int32, device=self.device), given, 16)
+
+        def launch_each() -> None:
+            self.greedy(logits)
+            for most in (1, _FEW):
+                draw_top_k(logits, self.vocab_size, knobs, most, self._mask)
+            penalise_repetition(logits, torch.zeros(1, 16, dtype=torch.int32, device=self.device), given, 16)
+
+        compile_side_by_side(launch_each)
+        launch_each()
 
     @torch.inference_mode()
     def choose(self, logits: Tensor, requests: list[Request], likeliest: Tensor | None = None) -> Chosen:

@@ -7,7 +7,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -81,14 +81,27 @@ def options(tensor: torch.Tensor) -> dict[str, Any]:
     return {"OVERLAP": True, "launch_pdl": True}
 
 
-def compile_side_by_side(launch: Callable[[], object]) -> None:
-    """Compile the kernels that `launch` launches, on all cores, and run none of them.
+class _Loading(ThreadPoolExecutor):
+    """Compiles kernels and loads them as well, for which older versions of Triton call a C compiler."""
 
-    One after the other they take most of a minute where none has been compiled before. What fails here is met again,
-    and told of, where it is launched.
+    def submit(self, compiled: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        def load() -> Any:
+            kernel = compiled(*arguments, **named)
+            _ = kernel.run  # makes it
+            return kernel
+
+        return super().submit(load)
+
+
+def compile_side_by_side(launch: Callable[[], object]) -> None:
+    """Compile and load the kernels that `launch` launches, on all cores, and run none of them.
+
+    One after the other they take a minute where none has been compiled before. What fails here is met again, and told
+    of, where it is launched.
     """
     if INTERPRETED or not hasattr(triton, "AsyncCompileMode"):
         return
+    on_device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_available() else (None, ())
     with _COMPILING:
         run, mine = JITFunction.run, threading.get_ident()
 
@@ -99,7 +112,7 @@ def compile_side_by_side(launch: Callable[[], object]) -> None:
         JITFunction.run = only_compile
         try:
             with (
-                ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads,
+                _Loading(min(16, os.cpu_count() or 1), "compile", *on_device) as threads,
                 contextlib.suppress(Exception),
                 triton.AsyncCompileMode(threads, ignore_errors=True),
             ):
