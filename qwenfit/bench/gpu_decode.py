@@ -31,7 +31,7 @@ from qwenfit.config import ModelConfig
 from qwenfit.kernels.triton import tuning
 from qwenfit.kernels.triton.greedy import greedy
 from qwenfit.kernels.triton.int_matvec import BlockedWeight
-from qwenfit.kernels.triton.launch import device_limits
+from qwenfit.kernels.triton.launch import compile_side_by_side, device_limits
 from qwenfit.kernels.triton.step_inputs import advance
 from qwenfit.model.decode import DecodeStep
 from qwenfit.model.kv_cache import KVCache, kv_bytes_per_token
@@ -60,7 +60,11 @@ RUNS = [  # model, precision of the layers, KV cache, tokens in the cache at the
     *(("Qwen2.5-7B", "int4", "bf16", 960, 64, count) for count in (24, 96, 192)),  # of the engine's sizes
     *(("Qwen2.5-7B", "int8", "bf16", 960, 64, count) for count in (96, 192)),
     *(("Qwen2.5-0.5B", precision, "bf16", 960, 64, count) for precision in ("int4", "bf16") for count in (4, 16)),
-]
+    *((f"Qwen2.5-{size}", precision, "bf16", 960, 64, 1) for size in ("0.5B", "1.5B", "3B", "14B", "32B", "72B")
+      for precision in ("int4", "int8", "bf16") if (size, precision) != ("72B", "bf16")),
+    *((f"Qwen3-{size}", precision, "bf16", 960, 64, 1) for size in ("0.6B", "1.7B", "4B", "8B", "14B", "32B")
+      for precision in ("int4", "int8", "bf16")),
+]  # fmt: skip
 CHECKS = [  # precision of the layers, KV cache, model, sequences
     ("bf16", "bf16", "Qwen-7B", 1),
     ("int8", "bf16", "Qwen-7B", 1),
@@ -73,6 +77,11 @@ CHECKS = [  # precision of the layers, KV cache, model, sequences
     *(("int4", "bf16", "Qwen2.5-7B", count) for count in (5, 40)),
     *(("int8", "bf16", "Qwen-7B", count) for count in (16, 64)),
     *(("bf16", "bf16", name, count) for name, count in (("Qwen-7B", 12), ("Qwen-1.8B", 24), ("Qwen2.5-7B", 40))),
+    *((precision, "bf16", "Qwen3-4B", 1) for precision in ("int4", "int8", "bf16")),
+    *(("int4", "bf16", f"Qwen2.5-{size}", 1) for size in ("0.5B", "1.5B", "14B", "32B", "72B")),
+    *(("int8", "bf16", f"Qwen2.5-{size}", 1) for size in ("1.5B", "14B", "32B")),
+    *(("bf16", "bf16", f"Qwen2.5-{size}", 1) for size in ("0.5B", "3B")),
+    ("bf16", "int8", "Qwen3-4B", 1),
 ]
 WITHOUT = [(2, "early"), (4, "early")]  # index of RUNS, what it is run without
 LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
@@ -139,6 +148,7 @@ def record_graph(step: DecodeStep) -> torch.cuda.CUDAGraph:
         advance(step.buffers, tokens, torch.empty_like(tokens), BLOCK_SIZE)
 
     with unmoved(step):
+        compile_side_by_side(lambda: step.run(layers=1))
         once()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -229,6 +239,7 @@ def check(precision: str, kv: str, name: str = "Qwen-7B", count: int = 1, length
     model = random_model(config, precision)
     ids = torch.randint(0, config.vocab_size, (count, length), device="cuda")
     step = start(model, kv, 0, length, count)
+    compile_side_by_side(step.run)
     rows = []
     for position in range(length):
         token = ids[:, position].contiguous()
@@ -277,6 +288,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--runs", default="", help="indices of RUNS, comma-separated; default: all")
     parser.add_argument("--tuned", type=Path, help="configs to use, a file as in kernels/triton/tuned/")
+    parser.add_argument("--checks", default="", help="indices of CHECKS, comma-separated; default: all")
     parser.add_argument("--no-checks", action="store_true")
     parser.add_argument("--no-repeats", action="store_true", help="of runs without one of the choices")
     parser.add_argument("--short", action="store_true", help="decode 256 tokens about the same mean context")
@@ -306,8 +318,9 @@ def main() -> None:
             failures.append(f"{arguments}: {type(error).__name__}: {error}"[:300])
             traceback.print_exc()
 
-    for arguments in CHECKS[:0] if options.no_checks else CHECKS:
-        attempt(checks, check, *arguments)
+    checked = [int(i) for i in options.checks.split(",")] if options.checks else list(range(len(CHECKS)))
+    for i in [] if options.no_checks else checked:
+        attempt(checks, check, *CHECKS[i])
     for i in chosen:
         attempt(results, run, *(shortened(*RUNS[i]) if options.short else RUNS[i]), limits["read"])
     best = tuning.in_force()

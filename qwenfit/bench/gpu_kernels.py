@@ -162,11 +162,15 @@ def int_configs(bits: int, inputs: int, out: int, rows: int, cores: int = 0) -> 
             beside = 128 * warps // words  # rows of the weight that the warps take beside each other
             for tile in (2, 4, 8, 16, 32, 64):
                 held = tile * words // (32 * warps)  # words that a thread holds of a tile, and again of the next
-                if words > 256 * warps or tile < 2 * beside or not 8 <= held <= 64:
+                if not 32 * warps <= words <= 256 * warps or tile < 2 * beside or not 8 <= held <= 64:
                     continue
                 resident = range(max(1, 4 // warps), max(1, (16 if held <= 16 else 12) // warps) + 1)
                 for programs in even_programs(-(-out // tile), cores, resident):
                     yield {"rows": tile, "words": words, "warps": warps, "programs": programs, "hold": 1}
+    for words in (256, 512):  # long rows in pieces, whose inputs are converted anew for each tile
+        for tile in (8, 16) if needed > 512 else ():
+            for beside in (4, 8) if words == 256 else (2, 4):
+                yield {"rows": tile, "words": words, "warps": words // 128, "programs": beside * cores}
 
 
 def even_programs(tiles: int, cores: int, resident: Iterable[int]) -> list[int]:
@@ -202,7 +206,7 @@ def group_configs(sequences: int) -> Iterable[Config]:
 
 def bf16_configs(rows: int) -> Iterable[Config]:
     for tile in (2, 4, 8):
-        for columns, warps in ((512, 2), (1024, 4), (2048, 8)):
+        for columns, warps in ((256, 1), (512, 1), (512, 2), (1024, 2), (1024, 4), (2048, 8)):
             if tile * rows <= 32:
                 yield {"rows": tile, "columns": columns, "warps": warps}
 
@@ -227,14 +231,14 @@ class Compiler:
         return 1.0
 
 
-def compile_beside(module: str, arguments: list[str], seconds: float) -> float:
-    """Compile in processes of their own what this run of a module will measure; returns the seconds that it took.
+def compile_beside(module: str, arguments: list[str], seconds: float, processes: int = COMPILERS) -> float:
+    """Compile in `processes` of their own what this run of a module will measure; returns the seconds that it took.
 
     One that fails or is late costs time only: what it leaves out is compiled when it is measured.
     """
     began = time.perf_counter()
     command = [sys.executable, "-m", f"qwenfit.bench.{module}", *arguments, "--compile"]
-    parts = min(COMPILERS, max(1, (os.cpu_count() or 2) - 2))
+    parts = min(processes, max(1, (os.cpu_count() or 2) - 2))
     running = [
         subprocess.Popen([*command, f"{part}/{parts}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for part in range(parts)

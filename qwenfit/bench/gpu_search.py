@@ -2,13 +2,15 @@
 
 In a step a kernel begins beside the one before it, in the registers that are left, and its weights are asked for while
 that one ends. What is best there is not what is best in a row of one kernel, which gpu_kernels.py times. So one kernel
-after the other tries its configs in a recorded step, and keeps the best before the next one begins.
+after the other tries its configs in a recorded step, and keeps the best before the next one begins: in a step of a few
+layers, whose weights no cache holds, and a small head. At the end whole steps are timed, as it was and as it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable
@@ -20,19 +22,37 @@ import torch
 
 from qwenfit.bench.gpu_common import need_gpu, record_head
 from qwenfit.bench.gpu_decode import LINEARS, packed_of, random_model, record_graph, start, unmoved
-from qwenfit.bench.gpu_kernels import attention_configs, compile_beside, group_configs, int_configs, once_each
+from qwenfit.bench.gpu_kernels import (
+    attention_configs,
+    bf16_configs,
+    compile_beside,
+    group_configs,
+    int_configs,
+    once_each,
+)
 from qwenfit.bench.gpu_matmul import matmul_configs
 from qwenfit.checkpoint.resolve import resolve_model
 from qwenfit.config import ModelConfig
 from qwenfit.kernels.choice import INT_LANES_ROWS, INT_MATVEC_ROWS, TILES_ROWS
 from qwenfit.kernels.triton import tuning
-from qwenfit.kernels.triton.launch import best_seconds, device_limits
+from qwenfit.kernels.triton.launch import best_seconds, compile_side_by_side, device_limits
 from qwenfit.model.decode import DecodeStep
 from qwenfit.model.transformer import Transformer
 
 REPLAYS = 60
+KEPT = 24  # configs of each kernel that a record keeps
 GAIN = 0.997  # of the time: what is less is noise
+WEIGHTS = 600e6  # bytes of the layers that a searched step reads: ten times a card's second-level cache
+VOCABULARY = 8192
 Trials = list[tuple[str, tuple[int, ...], list[tuning.Config]]]
+
+
+def shortened(config: ModelConfig, precision: str) -> ModelConfig:
+    """The model with as many layers as make WEIGHTS, four at least, and a small vocabulary."""
+    one = Transformer(replace(config, num_layers=1), torch.bfloat16, "meta").layers[0]
+    bits = {"int4": 4.25, "int8": 8.25, "bf16": 16}[precision]
+    layers = max(4, math.ceil(WEIGHTS / (sum(p.numel() for p in one.parameters()) * bits / 8)))
+    return replace(config, num_layers=min(config.num_layers, layers), vocab_size=VOCABULARY)
 
 
 def trials(model: Transformer, precision: str, kv: str, rows: int) -> Trials:
@@ -45,12 +65,15 @@ def trials(model: Transformer, precision: str, kv: str, rows: int) -> Trials:
     if precision != "bf16":
         for packed in sorted(packed_of(model), key=lambda packed: -packed.nbytes):
             found.append(int_trial(packed.bits, packed.in_features, packed.out_features, rows, config))
-    elif TILES_ROWS[0] <= rows <= TILES_ROWS[1]:
+    elif rows <= TILES_ROWS[1]:
         for name in LINEARS:
             weight = model.get_parameter(f"layers.0.{name}.weight")
             out, inputs = weight.shape
             gated = name.endswith("gate_up_proj")
-            found.append(("bf16_tiles", (int(gated), inputs, out, rows), list(tiles_configs(gated))))
+            if rows >= TILES_ROWS[0]:
+                found.append(("bf16_tiles", (int(gated), inputs, out, rows), list(tiles_configs(gated))))
+            else:
+                found.append(("bf16_matvec", (inputs, out, rows), list(bf16_configs(rows))))
     if rows > 1:
         return found
     size, groups = 1 if kv == "int8" else 2, config.num_heads // config.num_kv_heads
@@ -107,6 +130,7 @@ def search(step: DecodeStep, kernels: Trials, seconds: float) -> dict[str, Any]:
     best = first = milliseconds(step)
     found: dict[str, tuning.Config] = {}
     tried: dict[str, list[tuple[float, tuning.Config]]] = {}
+    once: dict[str, list[tuple[float, tuning.Config]]] = {}  # of the first round, in which the others are as they were
     for _ in range(2):
         for kernel, shape, configs in kernels:
             key, mine = tuning.key(kernel, shape), tuning.tuned(kernel, shape)
@@ -124,16 +148,30 @@ def search(step: DecodeStep, kernels: Trials, seconds: float) -> dict[str, Any]:
                 if took < GAIN * best:
                     best, mine, found[key] = took, config, config
             tuning.put_in_force({key: mine})
-    return {"ms_before": first, "ms": best, "found": found, "trials": tried}
+            once.setdefault(key, list(tried[key]))
+    kept = {
+        key: {"tried": len(trials), "best": sorted(trials, key=lambda trial: trial[0])[:KEPT]}
+        for key, trials in once.items()
+    }
+    return {"short_ms_before": first, "short_ms": best, "found": found, "trials": kept}
 
 
 def compile_all(step: DecodeStep, kernels: Trials, share: str) -> None:
-    """Compile one share of the configs, for the cache on disk."""
+    """Compile one share of the configs, for the cache on disk, and run none."""
     part, parts = map(int, share.split("/"))
     work = [(kernel, shape, config) for kernel, shape, configs in kernels for config in once_each(configs)]
-    for kernel, shape, config in work[part::parts]:
-        tuning.put_in_force({tuning.key(kernel, shape): config})
-        step.run()
+
+    def launch_each() -> None:
+        for kernel, shape, config in work[part::parts]:
+            tuning.put_in_force({tuning.key(kernel, shape): config})
+            step.run(layers=1)
+
+    compile_side_by_side(launch_each)
+
+
+def whole_step(config: ModelConfig, options: argparse.Namespace) -> DecodeStep:
+    model = random_model(config, options.precision)
+    return start(model, options.kv_cache, options.context, 4 * REPLAYS, options.sequences)
 
 
 def main() -> None:
@@ -147,39 +185,57 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=100, help="in all")
     parser.add_argument("--tuned", type=Path, help="configs to begin with, a file as in kernels/triton/tuned/")
     parser.add_argument("--compile", metavar="I/N", help="only compile the I-th of N shares of what would be tried")
+    parser.add_argument("--compile-only", action="store_true", help="for a later run, beside another one")
+    parser.add_argument("--no-compile", action="store_true", help="has been done")
     options = parser.parse_args()
     need_gpu()
     began = time.perf_counter()
     torch.manual_seed(0)
     if options.tuned:
         tuning.put_in_force(json.loads(options.tuned.read_text())["configs"])
+    if not options.compile and not options.no_compile:
+        arguments = [argument for argument in sys.argv[1:] if argument != "--compile-only"]
+        compile_beside("gpu_search", arguments, options.seconds * 0.55, processes=3)
+    if options.compile_only:
+        return
+    compiled = time.perf_counter() - began
     config = resolve_model(options.model)
-    if options.compile:
-        config = replace(config, num_layers=1)
-    model = random_model(config, options.precision)
-    kernels = trials(model, options.precision, options.kv_cache, options.sequences)
-    step = start(model, options.kv_cache, options.context, 4 * REPLAYS, options.sequences)
+    short = shortened(config, options.precision)
+    step = whole_step(replace(short, num_layers=1) if options.compile else short, options)
+    kernels = trials(step.model, options.precision, options.kv_cache, options.sequences)
     if options.compile:
         compile_all(step, kernels, options.compile)
         return
-    compile_beside("gpu_search", sys.argv[1:], options.seconds * 0.55)
-    compiled = time.perf_counter() - began
+    before = tuning.in_force()
     result = search(step, kernels, options.seconds - compiled)
+    del step
+    step = whole_step(config, options)
+    tuning.replace_all(before)
+    first = milliseconds(step)
+    tuning.put_in_force(result["found"])
     record = record_head("gpu search") | {
         "limits": device_limits(),
+        "model": options.model,
+        "precision": options.precision,
+        "kv_cache": options.kv_cache,
+        "context": options.context,
+        "sequences": options.sequences,
+        "layers": short.num_layers,
+        "ms_before": first,
+        "ms": milliseconds(step),
         **result,
         "seconds": {"compiling": compiled, "all": time.perf_counter() - began},
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "gpu-search.json").write_text(json.dumps(record, indent=1) + "\n")
-    tables = {"cards": [torch.cuda.get_device_name()], "configs": tuning.in_force() | result["found"]}
+    tables = {"cards": [torch.cuda.get_device_name()], "configs": tuning.in_force()}
     (options.out / "tuned.json").write_text(tuning.as_text(tables))
     what = f"{options.model} {options.precision} x {options.sequences}"
-    print(f"{what}: {result['ms_before']:.4f} -> {result['ms']:.4f} ms; ", end="")
+    print(f"{what}: {record['ms_before']:.4f} -> {record['ms']:.4f} ms; ", end="")
     print(f"{compiled:.0f} s compiling, {time.perf_counter() - began:.0f} s in all")
     for key, config in result["found"].items():
-        ordered = sorted(result["trials"][key], key=lambda trial: trial[0])
-        print(key, config, "of", len(ordered), "from", round(ordered[0][0], 4), "to", round(ordered[-1][0], 4))
+        tried = result["trials"][key]
+        print(key, config, "of", tried["tried"], "from", round(tried["best"][0][0], 4))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 Config = dict[str, int]
+MANY_ROWS = 100  # of a weight, for each core of the card
 
 
 def tuned(kernel: str, shape: tuple[int, ...]) -> Config:
@@ -31,6 +32,12 @@ def put_in_force(configs: dict[str, Config]) -> None:
     """Use these configs on the current card from now on, before those of the files."""
     _table(_card()).update(configs)
     _lookup.cache_clear()
+
+
+def replace_all(configs: dict[str, Config]) -> None:
+    """Use these configs on the current card from now on, and no others."""
+    _table(_card()).clear()
+    put_in_force(configs)
 
 
 def in_force() -> dict[str, Config]:
@@ -77,20 +84,21 @@ def _rule(kernel: str, shape: tuple[int, ...]) -> Config:
     rows = shape[-1]
     if kernel == "int_matvec":
         needed = shape[1] * shape[0] // 32  # words of a row
-        if rows == 1 and shape[0] == 4:
-            for words, tile in ((512, 8), (1024, 4), (256, 16)):
-                pieces = -(-needed // words)
-                if pieces <= 3 and pieces * words <= 1.5 * needed:
-                    programs = _cores() * (3 if pieces == 1 else 2)
-                    return {"rows": tile, "words": words, "warps": 4, "programs": programs, "hold": 1}
+        if rows == 1:
+            return _matvec_rule(shape[0], needed, shape[2])
+        if rows == 2 and 512 < needed <= 768 and shape[2] > 44 * _cores():
+            return {"rows": 8, "words": 256, "warps": 2, "programs": 4 * _cores(), "hold": 1}
         if rows == 2 and needed > 1024:
             return {"rows": 8, "words": 512, "warps": 4, "programs": 3 * _cores()}
         words = min(2048, 1 << (needed - 1).bit_length())
         warps = max(1, words // 128)
         programs = _cores() * max(1, 16 // warps)
-        return {"rows": 8 if rows == 1 else 4 if rows <= 4 else 2, "words": words, "warps": warps, "programs": programs}
+        return {"rows": 4 if rows <= 4 else 2, "words": words, "warps": warps, "programs": programs}
     if kernel == "bf16_matvec":
-        return {"rows": 4 if rows <= 4 else 2, "columns": 1024, "warps": 4}
+        if rows == 1 and 1024 < shape[0] <= 3072 and shape[1] > 24 * _cores():
+            return {"rows": 2, "columns": 512, "warps": 2}
+        few = rows == 1 and shape[0] > 3072 and shape[1] < MANY_ROWS * _cores()
+        return {"rows": 2 if few or rows > 4 else 4, "columns": 1024, "warps": 4}
     if kernel == "bf16_tiles":
         return _tiles_rule(bool(shape[0]), shape[2] // (1 + shape[0]))
     if kernel == "int_lanes":
@@ -105,9 +113,41 @@ def _rule(kernel: str, shape: tuple[int, ...]) -> Config:
         if rows >= 12 * _cores():  # heads; small programs leave less of the card idle at the end
             return {"tokens": 32, "warps": 1} if shape[0] == 1 else {"tokens": 16, "warps": 2, "registers": 128}
         return {"tokens": 64, "warps": 4} if shape[0] == 1 else {"tokens": 32, "warps": 4, "registers": 128}
+    if rows == 1 and shape[0] == 2:
+        return {"tokens": 128, "warps": 8, "stages": 1} if shape[1] == 128 else {"tokens": 64, "warps": 4, "stages": 1}
     if rows >= 128:  # where what is read before its turn is a small part, and room for more programs counts
         return {"tokens": 64, "warps": 2, "stages": 5 if shape[0] == 1 else 3}
     return {"tokens": 64, "warps": 2 if shape[0] == 1 else 4}
+
+
+def _matvec_rule(bits: int, needed: int, outputs: int) -> Config:
+    """For one row of activations; a row of the weight has `needed` words.
+
+    Short rows are one piece, or a few, whose inputs are held; as wide tiles as leave every core something to do.
+    """
+    each = outputs / _cores()
+    many, few = each >= MANY_ROWS, each <= 8
+    if bits == 8 and needed > 1792 and each <= 16:
+        tile, words, warps, beside = 4, 1024, 4, 3
+    elif needed >= (1792 if bits == 8 else 513 if few else 1216):  # in pieces, inputs converted anew for each tile
+        tile, words = (8, 512) if each <= 24 else (16, 512) if each <= 36 else (8, 256) if each <= 44 else (16, 256)
+        beside = 8 if (tile, words) == (8, 256) else 4
+        return {"rows": tile, "words": words, "warps": words // 128, "programs": beside * _cores()}
+    elif needed <= 128:
+        tile, words, warps, beside = 16, 128, 2, 3
+    elif needed <= 256:
+        tile, words, warps, beside = (8, 256, 2, 6) if bits == 8 and each >= 70 else (16, 256, 4, 3)
+    elif needed <= 512 and bits == 4:
+        tile, words, warps, beside = (8, 512, 8, 2) if many else (4, 512, 4, 4)
+    elif needed <= 512:
+        tile, words, warps, beside = (4, 512, 2, 6) if many else (8, 512, 4, 3)
+    elif bits == 8:
+        tile, words, warps, beside = (8, 1024, 4, 2) if many else (4, 512 if few else 1024, 4, 3)
+    elif needed <= 768:
+        tile, words, warps, beside = (8, 512, 4, 3) if many else (4, 1024, 8, 2)
+    else:
+        tile, words, warps, beside = 4, 512, 4, 4
+    return {"rows": tile, "words": words, "warps": warps, "programs": beside * _cores(), "hold": 1}
 
 
 def _tiles_rule(gated: bool, outputs: int) -> Config:
