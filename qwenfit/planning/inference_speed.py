@@ -104,8 +104,9 @@ def decode_step(
         memory += config.num_layers * measured("qwenfit_cpu_layer_gap")
     else:
         rows_gap = stack.rows_gap if precision in stack.rows_limits else stack.plain_rows_gap
-        shared = task.kv_cache == "int8" and config.num_kv_heads < config.num_heads
-        gap = stack.layer_overhead + stack.shared_codes_gap * shared + rows_gap * (several and task.batch > 2)
+        gap = stack.layer_overhead + rows_gap * (several and task.batch > 2)
+        if config.num_kv_heads < config.num_heads:
+            gap += stack.shared_codes_gap * (task.kv_cache == "int8") + stack.shared_gap * (task.batch == 1)
         memory += config.num_layers * gap + stack.step_host * host_factor
     rows = 1 if on_cpu else task.batch
     compute = decode_flops(config) * rows / matmul_flops(device, precision) / shards

@@ -90,23 +90,26 @@ def test_our_engine_decodes_on_an_h200_as_planned(run: dict[str, Any]) -> None:
 
 
 RECORDS = Path(__file__).parents[2] / "measurements"
-SEARCHED = {("Qwen2.5-7B", 2), ("Qwen-7B", 2), ("Qwen2.5-7B", 8), ("Qwen-7B", 8)}  # int4, with configs found since
-OLDER = {*SEARCHED, ("Qwen-1.8B", 2)}  # the steps recorded with other configs
+SEARCHED = {  # model, precision, sequences: with configs found since other records
+    *((name, "int4", count) for name in ("Qwen2.5-7B", "Qwen-7B") for count in (2, 8)),
+    ("Qwen-14B", "int4", 2), ("Qwen-14B", "int4", 1), ("Qwen-14B", "int8", 1), ("Qwen-7B", "int8", 1),
+    *((f"Qwen2.5-{size}", "int8", 1) for size in ("0.5B", "1.5B", "3B")),
+}  # fmt: skip
+OLDER = {*SEARCHED, ("Qwen-1.8B", "int4", 2)}  # the steps recorded with other configs
 
 
 def newest_steps() -> list[dict[str, Any]]:
     """Of each model, precision, cache and number of requests the step that was recorded last."""
     steps: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for n in (8, 9, 10, 11):
+    for n in (8, 9, 10, 11, 12):
         for run in json.loads((RECORDS / f"gpu-decode-h200-{n}.json").read_text())["runs"]:
-            if run["precision"] != "int4" or (run["model"], run["batch"]) not in OLDER:
+            if (run["model"], run["precision"], run["batch"]) not in OLDER:
                 steps[run["model"], run["precision"], run["kv_cache"], run["batch"]] = run
-    for model, count in SEARCHED:
-        found = json.loads((RECORDS / f"gpu-search-h200-{model.lower()}-int4-x{count}.json").read_text())
-        run = {"model": model, "precision": "int4", "kv_cache": "bf16", "batch": count, "context": 1024, "tokens": 120}
-        steps[model, "int4", "bf16", count] = run | {
-            "ms_per_step": found["ms"], "tokens_per_s": count / found["ms"] * 1e3
-        }  # fmt: skip
+    for model, precision, count in sorted(SEARCHED):
+        several = f"-x{count}" if count > 1 else ""
+        found = json.loads((RECORDS / f"gpu-search-h200-{model.lower()}-{precision}{several}.json").read_text())
+        run = {"model": model, "precision": precision, "kv_cache": "bf16", "batch": count}
+        steps[model, precision, "bf16", count] = run | {"context": 1024, "tokens": 120, "ms_per_step": found["ms"]}
     return [steps[key] for key in sorted(steps)]
 
 
@@ -119,7 +122,8 @@ def test_steps_of_one_to_256_requests_take_as_long_as_planned(run: dict[str, Any
     made = plan(run["model"], gpu="H200", advise=False, precision=run["precision"], **options)  # type: ignore[arg-type]
     graph = run["batch"] / made.speed.tokens_per_s - measured("qwenfit_step_host")
     assert graph == pytest.approx(run["ms_per_step"] / 1e3, rel=0.10)
-    assert made.speed.interval.low <= run["tokens_per_s"] <= made.speed.interval.high
+    with_host = run["batch"] / (run["ms_per_step"] / 1e3 + measured("qwenfit_step_host"))  # as the plan has it
+    assert made.speed.interval.low <= with_host <= made.speed.interval.high
 
 
 def test_a_card_with_fewer_cores_multiplies_for_several_requests_more_slowly() -> None:
@@ -144,7 +148,8 @@ def test_our_engine_runs_the_guides_rows_as_planned(card: str, row: dict[str, An
     options = {"generate": row["measured"]["generated"], "batch": row["batch"], "kv_cache": row["kv_cache"]}
     made = plan(row["model"], gpu=card, advise=False, precision=row["precision"], prompt=1, **options)  # type: ignore[arg-type]
     faster = made.speed.tokens_per_s / row["measured"]["tokens_per_s"]
-    since = card == "H200-SXM-141GB" and row["batch"] == 4  # which another kernel multiplies since that record
+    # Another kernel multiplies for 4 requests since that record, and for one of Qwen-14B by other configs.
+    since = card == "H200-SXM-141GB" and (row["batch"] == 4 or (row["model"], row["precision"], 1) in SEARCHED)
     assert 0.90 <= faster <= (1.16 if since else 1.10)
 
 
