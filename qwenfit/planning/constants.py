@@ -342,6 +342,13 @@ MEASURED: dict[str, Constant] = {
             "measurements/decode-intel-*.json, decode-amd-epyc-*2026-11-30*: two cores of Emerald Rapids, of Zen 5",
         ),
         Constant(
+            "qwenfit_cpu_read_ahead_avx2",
+            0.96,
+            "of a plain read",
+            "the same on few cores with AVX2 alone",
+            "measurements/decode-amd-epyc-*-2026-11-30t21*: 0.5B to 7B on two Zen 3 cores, 21 runs",
+        ),
+        Constant(
             "qwenfit_cpu_layer_gap",
             0.3e-3,
             "s per layer and step",

@@ -31,14 +31,15 @@ def read_bandwidth(device: Device, stack: Stack) -> float:
 def cpu_read_share(device: Device) -> float:
     """What decoding reads of what a plain read reaches on a CPU.
 
-    More than all on cores with AVX-512 that are too few for their memory's channels: the kernels fetch ahead of
-    themselves. Between CHANNELS_BIND and CORES_BIND a core it goes from one to the other. An estimate says nothing of
+    More on cores that are too few for their memory's channels, as the kernels fetch ahead of themselves: more than all
+    with AVX-512. Between CHANNELS_BIND and CORES_BIND a core it goes from one to the other. An estimate says nothing of
     many cores.
     """
-    usual, ahead = measured("qwenfit_cpu_read"), measured("qwenfit_cpu_read_ahead")
-    wide = device.tensor_cores or "avx512f" in device.features
-    if not wide or not device.units or (device.bandwidth_estimated and device.units > FEW_CORES):
+    usual = measured("qwenfit_cpu_read")
+    if not device.units or (device.bandwidth_estimated and device.units > FEW_CORES):
         return usual
+    wide = device.tensor_cores or "avx512f" in device.features
+    ahead = measured("qwenfit_cpu_read_ahead" if wide else "qwenfit_cpu_read_ahead_avx2")
     few = (device.bandwidth / device.units - CHANNELS_BIND) / (CORES_BIND - CHANNELS_BIND)
     return usual + (ahead - usual) * min(1.0, max(0.0, few))
 
