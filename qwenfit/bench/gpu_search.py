@@ -231,6 +231,7 @@ def main() -> None:
     tables = {"cards": [torch.cuda.get_device_name()], "configs": tuning.in_force()}
     (options.out / "tuned.json").write_text(tuning.as_text(tables))
     what = f"{options.model} {options.precision} x {options.sequences}"
+    print(f"QWENFIT_TUNED={options.out} takes what was found.")
     print(f"{what}: {record['ms_before']:.4f} -> {record['ms']:.4f} ms; ", end="")
     print(f"{compiled:.0f} s compiling, {time.perf_counter() - began:.0f} s in all")
     for key, config in result["found"].items():

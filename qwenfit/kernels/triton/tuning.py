@@ -1,13 +1,20 @@
-"""Launch parameters measured per card, kept as data in tuned/*.json; a shape that was not measured takes a rule."""
+"""Launch parameters measured per card, kept as data in tuned/*.json; a shape that was not measured takes a rule.
+
+The files of the folder that QWENFIT_TUNED names come after them: what bench/gpu_search.py found on a card of one's own.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from qwenfit.errors import BadFile, UsageError
 
 Config = dict[str, int]
 MANY_ROWS = 100  # of a weight, for each core of the card
@@ -69,14 +76,39 @@ def _cores() -> int:
 
 @functools.cache
 def _table(card: str) -> dict[str, Config]:
-    """Every file's configs are in force on the cards that it names."""
+    """Every file's configs are in force on the cards that it names, one's own before the others."""
     table: dict[str, Config] = {}
-    for file in resources.files("qwenfit.kernels.triton").joinpath("tuned").iterdir():
-        if file.name.endswith(".json"):
-            content = json.loads(file.read_text())
+    known = resources.files("qwenfit.kernels.triton").joinpath("tuned").iterdir()
+    for name, text in [*((f.name, f.read_text()) for f in known if f.name.endswith(".json")), *_own_files()]:
+        try:
+            content = json.loads(text)
+            configs = content["configs"]
+            if not all(type(number) is int for config in configs.values() for number in config.values()):
+                raise TypeError
             if card in content["cards"]:
-                table.update(content["configs"])
+                table.update(configs)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise BadFile(
+                f"{name}, in the folder that QWENFIT_TUNED names, is not a file of launch parameters.",
+                "Remove it, or unset QWENFIT_TUNED; `python -m qwenfit.bench.gpu_search --out FOLDER` writes one.",
+            ) from None
     return table
+
+
+def _own_files() -> list[tuple[str, str]]:
+    """Name and content of each tuned*.json in the folder that QWENFIT_TUNED names."""
+    folder = os.environ.get("QWENFIT_TUNED")
+    if not folder:
+        return []
+    try:
+        if not Path(folder).is_dir():
+            raise NotADirectoryError
+        return [(path.name, path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("tuned*.json"))]
+    except (OSError, ValueError):
+        raise UsageError(
+            f"QWENFIT_TUNED names {folder}, which is no folder whose tuned*.json can be read.",
+            "Unset it, or name the folder that `python -m qwenfit.bench.gpu_search --out FOLDER` wrote.",
+        ) from None
 
 
 def _rule(kernel: str, shape: tuple[int, ...]) -> Config:
