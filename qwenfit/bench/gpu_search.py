@@ -9,6 +9,7 @@ layers, whose weights no cache holds, and a small head. At the end whole steps a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -164,9 +165,18 @@ def compile_all(step: DecodeStep, kernels: Trials, share: str) -> None:
     def launch_each() -> None:
         for kernel, shape, config in work[part::parts]:
             tuning.put_in_force({tuning.key(kernel, shape): config})
-            step.run(layers=1)
+            with contextlib.suppress(Exception):  # met again where it is tried
+                step.run(layers=1)
 
     compile_side_by_side(launch_each)
+
+
+def keep(path: Path, found: dict[str, tuning.Config]) -> None:
+    """Write what was found on this card, with what the file holds of it already."""
+    card = torch.cuda.get_device_name()
+    before = json.loads(path.read_text()) if path.exists() else {}
+    kept = before["configs"] if before.get("cards") == [card] else {}
+    path.write_text(tuning.as_text({"cards": [card], "configs": kept | found}))
 
 
 def whole_step(config: ModelConfig, options: argparse.Namespace) -> DecodeStep:
@@ -178,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the record and the configs")
     parser.add_argument("--model", default="Qwen-1.8B")
-    parser.add_argument("--precision", default="int4")
+    parser.add_argument("--precision", default="int4", choices=("int4", "int8", "bf16"))
     parser.add_argument("--kv-cache", default="bf16")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--sequences", type=int, default=1)
@@ -208,6 +218,8 @@ def main() -> None:
         return
     before = tuning.in_force()
     result = search(step, kernels, options.seconds - compiled)
+    options.out.mkdir(parents=True, exist_ok=True)
+    keep(options.out / "tuned.json", result["found"])
     del step
     step = whole_step(config, options)
     tuning.replace_all(before)
@@ -226,10 +238,7 @@ def main() -> None:
         **result,
         "seconds": {"compiling": compiled, "all": time.perf_counter() - began},
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "gpu-search.json").write_text(json.dumps(record, indent=1) + "\n")
-    tables = {"cards": [torch.cuda.get_device_name()], "configs": tuning.in_force()}
-    (options.out / "tuned.json").write_text(tuning.as_text(tables))
     what = f"{options.model} {options.precision} x {options.sequences}"
     print(f"QWENFIT_TUNED={options.out} takes what was found.")
     print(f"{what}: {record['ms_before']:.4f} -> {record['ms']:.4f} ms; ", end="")

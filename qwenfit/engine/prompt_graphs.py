@@ -10,6 +10,7 @@ import torch
 from qwenfit.engine.copies import tensor_of, to_device
 from qwenfit.engine.costs import seconds
 from qwenfit.engine.graphs import DecodeGraphs
+from qwenfit.kernels.choice import INT_MATMUL_ROWS
 from qwenfit.kernels.triton.ragged import RaggedPlan
 from qwenfit.model.kv_cache import KVCache
 from qwenfit.model.prefill import run_layers
@@ -64,9 +65,10 @@ class PromptGraphs:
         self._recorded: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self.seconds: dict[int, float] = {}  # that the device takes for each length that is recorded
 
-    def launch_each(self, size: int = USUAL) -> None:
-        """Launch every kernel that `prepare` takes, so that they are compiled."""
-        PromptStep(self.model, self.cache, size, self.device).run()
+    def launch_each(self) -> None:
+        """Launch every kernel that a lone prompt takes, so that they are compiled: longer ones take no others."""
+        for size in (size for size in LENGTHS if size <= max(USUAL, *INT_MATMUL_ROWS.values())):
+            PromptStep(self.model, self.cache, size, self.device).run()
 
     @torch.inference_mode()
     def prepare(self, size: int = USUAL) -> None:

@@ -156,7 +156,7 @@ class Runner:
         def launch_each() -> None:
             if graphs is not None:
                 graphs.launch_each()
-            if prompts is not None and prepares:
+            if prompts is not None and on_gpu:
                 prompts.launch_each()
             launch_prompts()
 

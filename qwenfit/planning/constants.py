@@ -226,8 +226,10 @@ READ: dict[str, Constant] = {
 # record in measurements/ is newer than the kernels.
 _DECODE = "measurements/guide-h100-*.json, 33 runs (with rows-h200-*.json and gpu-decode-h200-5.json), bench/refit.py"
 _LIMIT = "measurements/rows-h200-*.json and gpu-decode-h200-5.json: what the shares come to there, by bench/refit.py"
-_CORES = "gpu-decode-h200-12 and gpu-search-h200-*: the steps of 38 models and precisions within 10 %"
-_CPU = "measurements/decode-amd-epyc-*.json and compare-amd-epyc-*.json: 0.5B to 7B on two Zen 3 cores"
+_CORES = "gpu-decode-h200-12 and gpu-search-h200-*: the steps of 38 models and precisions within 11 %"
+_CPU = (
+    "measurements/decode-amd-epyc-*2026-11-24*, compare-amd-epyc-*: two Zen 3 cores, kernels that fetch nothing ahead"
+)
 _CPU_TILES = "measurements/prefill-*.json: 0.5B to 3B, 32 to 512 tokens, on two Emerald Rapids cores"
 _CPU_TRAIN = "one step of LoRA on Qwen2.5-0.5B, 256 tokens, bf16 and fp32, one core of Emerald Rapids, by its profile"
 _ROWS = "gpu-decode-h200-8 to -11, gpu-search-h200-*-x2, gpu-tiles-h200 (steps of 2 to 256 sequences); above: estimated"
@@ -283,7 +285,7 @@ MEASURED: dict[str, Constant] = {
             "qwenfit_shared_gap",
             1.4e-6,
             "s per layer and step",
-            "joining the parts of attention where heads share keys, for one request: a launch of its own",
+            "joining the parts of attention where heads share keys, for one or two requests: a launch of its own",
             "gpu-decode-h200-12: Qwen2.5 and Qwen3 of 0.5B to 72B",
         ),
         Constant(
@@ -339,7 +341,7 @@ MEASURED: dict[str, Constant] = {
             1.2,
             "of a plain read",
             "the same on few cores with AVX-512: their prefetcher leaves a part of the memory's speed to a plain read",
-            "measurements/decode-intel-*.json, decode-amd-epyc-*2026-11-30*: two cores of Emerald Rapids, of Zen 5",
+            "measurements/decode-intel-*.json, decode-amd-epyc-*2026-11-30t00*: two cores of Emerald Rapids, of Zen 5",
         ),
         Constant(
             "qwenfit_cpu_read_ahead_avx2",

@@ -28,15 +28,15 @@ def read_bandwidth(device: Device, stack: Stack) -> float:
     return device.bandwidth * MEASURED_READ_SHARE.get(device.name, READ_SHARE)
 
 
-def cpu_read_share(device: Device) -> float:
+def cpu_read_share(device: Device, stack: Stack) -> float:
     """What decoding reads of what a plain read reaches on a CPU.
 
-    More on cores that are too few for their memory's channels, as the kernels fetch ahead of themselves: more than all
+    More on cores that are too few for their memory's channels, as our kernels fetch ahead of themselves: more than all
     with AVX-512. Between CHANNELS_BIND and CORES_BIND a core it goes from one to the other. An estimate says nothing of
     many cores.
     """
     usual = measured("qwenfit_cpu_read")
-    if not device.units or (device.bandwidth_estimated and device.units > FEW_CORES):
+    if stack.name != "qwenfit" or not device.units or (device.bandwidth_estimated and device.units > FEW_CORES):
         return usual
     wide = device.tensor_cores or "avx512f" in device.features
     ahead = measured("qwenfit_cpu_read_ahead" if wide else "qwenfit_cpu_read_ahead_avx2")

@@ -90,7 +90,7 @@ def decode_step(
     quantized = quantized_parameters(config) if precision in ("int8", "int4") else 0
     bandwidth = read_bandwidth(device, stack)
     on_cpu = device.kind == "cpu"
-    shares = dict.fromkeys(READ_KINDS, cpu_read_share(device)) if on_cpu else stack.read_shares
+    shares = dict.fromkeys(READ_KINDS, cpu_read_share(device, stack)) if on_cpu else stack.read_shares
     limits = {} if on_cpu else dict(stack.read_limits)
     several = takes_rows(device, task.batch, stack)
     if several:
@@ -106,7 +106,7 @@ def decode_step(
         rows_gap = stack.rows_gap if precision in stack.rows_limits else stack.plain_rows_gap
         gap = stack.layer_overhead + rows_gap * (several and task.batch > 2)
         if config.num_kv_heads < config.num_heads:
-            gap += stack.shared_codes_gap * (task.kv_cache == "int8") + stack.shared_gap * (task.batch == 1)
+            gap += stack.shared_codes_gap * (task.kv_cache == "int8") + stack.shared_gap * (task.batch <= 2)
         memory += config.num_layers * gap + stack.step_host * host_factor
     rows = 1 if on_cpu else task.batch
     compute = decode_flops(config) * rows / matmul_flops(device, precision) / shards

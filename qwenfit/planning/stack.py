@@ -41,7 +41,7 @@ class Stack:
     rows_gap: float = 0.0  # s per layer and step more with int4 and int8 weights, from 3 requests on
     plain_rows_gap: float = 0.0  # the same with 16-bit weights
     shared_codes_gap: float = 0.0  # s per layer and step more with an int8 cache, where heads share keys
-    shared_gap: float = 0.0  # s per layer and step more with one request, where heads share keys
+    shared_gap: float = 0.0  # s per layer and step more with one or two requests, where heads share keys
     step_host: float = 0.0  # s per step that the host adds to the device's time
     prompt_host: float = 0.0  # s per prompt that the host adds to the device's time
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
+from qwenfit.bench import gpu_search
 from qwenfit.catalog import dense_model_names, get_model
 from qwenfit.errors import BadFile, UsageError
 from qwenfit.kernels.triton import tuning
@@ -18,6 +19,10 @@ CORES = 132  # of the card that the records are of
 SEARCHES = sorted((Path(__file__).parents[2] / "measurements").glob("gpu-search-h200-*.json"))
 RECORDS = [record for record in (json.loads(path.read_text()) for path in SEARCHES) if record.get("sequences") == 1]
 
+SHAPE, OTHER = (4, 4096, 12288, 1), (4, 4096, 22016, 1)
+FOUND = {"rows": 2, "words": 512, "warps": 4, "programs": 66, "hold": 1}
+KNOWN = json.loads((Path(tuning.__file__).parent / "tuned/nvidia-h200.json").read_text())["configs"]
+
 
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,7 +30,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", dense_model_names())
-def test_a_card_holds_the_programs_that_any_model_takes(name: str) -> None:
+def test_any_model_takes_configs_within_what_a_search_would_try(name: str) -> None:
     config = get_model(name)
     hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
     qkv = heads + 2 * config.num_kv_heads * config.head_dim
@@ -61,34 +66,61 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     tuning._table.cache_clear(), tuning._lookup.cache_clear()
 
 
+def write(folder: Path, configs: Any, cards: Any = ("NVIDIA H200",)) -> None:
+    (folder / "tuned.json").write_text(json.dumps({"cards": cards, "configs": configs}))
+
+
 def test_what_was_found_on_ones_own_card_comes_before_what_the_package_knows(own: Path) -> None:
-    shape, other = (4, 4096, 12288, 1), (4, 4096, 22016, 1)
-    found = {"rows": 2, "words": 512, "warps": 4, "programs": 66, "hold": 1}
-    kept = tuning.tuned("int_matvec", other)
-    tuning._table.cache_clear(), tuning._lookup.cache_clear()
-    (own / "gpu-search.json").write_text("{}")  # the record beside it
-    for name, card in (("tuned.json", "NVIDIA H200"), ("tuned-2.json", "another")):
-        content = {"cards": [card], "configs": {tuning.key("int_matvec", shape): found | {"rows": len(card)}}}
-        (own / name).write_text(tuning.as_text(content))
-    assert tuning.tuned("int_matvec", shape) == found | {"rows": len("NVIDIA H200")}
-    assert tuning.tuned("int_matvec", other) == kept
+    write(own, {tuning.key("int_matvec", SHAPE): FOUND})
+    assert tuning.tuned("int_matvec", SHAPE) == FOUND
+    assert tuning.tuned("int_matvec", OTHER) == KNOWN[tuning.key("int_matvec", OTHER)]
+
+
+def test_what_was_found_on_another_card_is_left_alone(own: Path) -> None:
+    write(own, {tuning.key("int_matvec", SHAPE): FOUND}, ["NVIDIA H200 NVL"])
+    assert tuning.tuned("int_matvec", SHAPE) == KNOWN[tuning.key("int_matvec", SHAPE)]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000, '{"cards": "NVIDIA H200", "configs": {}}', "\ufeff{}"])
+def test_a_file_that_holds_no_launch_parameters_is_told_of(own: Path, text: str) -> None:
+    (own / "tuned.json").write_text(text)
+    with pytest.raises(BadFile, match=r"tuned\.json, which QWENFIT_TUNED names"):
+        tuning.tuned("int_matvec", SHAPE)
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "[]", "{}", '{"cards": ["NVIDIA H200"], "configs": []}', '{"cards": 1, "configs": {}}', "[" * 100_000,
-     '{"cards": ["NVIDIA H200"], "configs": {"a": {"rows": "8"}}}', '{"cards": ["x"], "configs": {"a": 8}}'],
+    "wrong",
+    [8, [], {}, {"rows": 4}, FOUND | {"rows": 3}, FOUND | {"rows": 0}, FOUND | {"rows": -4}, FOUND | {"words": 2},
+     FOUND | {"warps": "4"}, FOUND | {"warps": True}, FOUND | {"programs": 0}, FOUND | {"programs": 1 << 40}],
 )  # fmt: skip
-def test_a_file_that_holds_no_launch_parameters_is_told_of(own: Path, text: str) -> None:
-    (own / "tuned.json").write_text(text)
-    with pytest.raises(BadFile, match=r"^tuned\.json, "):
-        tuning.tuned("int_matvec", (4, 4096, 12288, 1))
+def test_numbers_that_make_no_kernel_are_told_of(own: Path, wrong: Any) -> None:
+    """A number of programs below 1 would leave the outputs unwritten."""
+    write(own, {tuning.key("int_matvec", SHAPE): wrong})
+    with pytest.raises(BadFile, match=r"tuned\.json"):
+        tuning.tuned("int_matvec", SHAPE)
 
 
-def test_a_folder_that_is_none_is_told_of(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for wrong in (own / "none", own / "tuned.json", "a\0b"):
-        (own / "tuned.json").write_text("{}")
+def test_every_config_that_the_package_has_would_be_read(own: Path) -> None:
+    assert len(KNOWN) > 200
+    write(own, KNOWN)
+    assert tuning.tuned("int_matvec", OTHER) == KNOWN[tuning.key("int_matvec", OTHER)]
+
+
+def test_a_folder_without_such_a_file_is_told_of(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (own / "binary").mkdir()
+    (own / "binary" / "tuned.json").write_bytes(b"\xff\xfe")
+    for wrong in (own, own / "none", own / "binary", "a\0b"):
         monkeypatch.setattr(tuning.os, "environ", {"QWENFIT_TUNED": str(wrong)})
         tuning._table.cache_clear()
-        with pytest.raises(UsageError, match="QWENFIT_TUNED"):
-            tuning.tuned("int_matvec", (4, 4096, 12288, 1))
+        with pytest.raises(UsageError, match="QWENFIT_TUNED names"):
+            tuning.tuned("int_matvec", SHAPE)
+
+
+def test_searches_of_several_models_are_kept_in_one_file(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_search.torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    for shape in (SHAPE, OTHER):
+        gpu_search.keep(own / "tuned.json", {tuning.key("int_matvec", shape): FOUND | {"programs": shape[2]}})
+    assert [tuning.tuned("int_matvec", shape)["programs"] for shape in (SHAPE, OTHER)] == [SHAPE[2], OTHER[2]]
+    monkeypatch.setattr(gpu_search.torch.cuda, "get_device_name", lambda: "another")
+    gpu_search.keep(own / "tuned.json", {})
+    assert json.loads((own / "tuned.json").read_text()) == {"cards": ["another"], "configs": {}}

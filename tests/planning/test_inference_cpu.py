@@ -123,8 +123,9 @@ def test_other_software_has_no_tiles_of_ours() -> None:
 
 def test_no_plan_reads_more_than_a_whole_sockets_channels() -> None:
     for name in ("Xeon Sapphire Rapids", "Xeon Emerald Rapids", "Xeon 6 Granite Rapids"):
-        assert cpu_read_share(find_device(f"{name} 256GB")) < 1 < cpu_read_share(cores(name, 2, 17e9))
-    shares = [cpu_read_share(cores("Xeon Emerald Rapids", 2, 2 * each)) for each in (5e9, 6e9, 6.1e9, 7e9, 9e9)]
+        assert cpu_read_share(find_device(f"{name} 256GB"), OWN) < 1 < cpu_read_share(cores(name, 2, 17e9), OWN)
+    shares = [cpu_read_share(cores("Xeon Emerald Rapids", 2, 2 * each), OWN) for each in (5e9, 6e9, 6.1e9, 7e9, 9e9)]
     assert shares == sorted(shares) and shares[2] - shares[1] < 0.03
     estimated = replace(cores("Xeon Emerald Rapids", 16, 160e9), bandwidth_estimated=True)
-    assert cpu_read_share(estimated) < 1
+    assert cpu_read_share(estimated, OWN) < 1
+    assert cpu_read_share(cores("Xeon Emerald Rapids", 2, 17e9), get_stack("transformers-5")) < 1

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -84,8 +85,12 @@ def options(tensor: torch.Tensor) -> dict[str, Any]:
 class _Loading(ThreadPoolExecutor):
     """Compiles kernels and loads them as well, for which older versions of Triton call a C compiler."""
 
+    given_up = False  # what has not begun fails then
+
     def submit(self, compiled: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
         def load() -> Any:
+            if self.given_up:
+                raise RuntimeError("interrupted")
             kernel = compiled(*arguments, **named)
             _ = kernel.run  # makes it
             return kernel
@@ -104,21 +109,46 @@ def compile_side_by_side(launch: Callable[[], object]) -> None:
     on_device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_available() else (None, ())
     with _COMPILING:
         run, mine = JITFunction.run, threading.get_ident()
+        seen: set[Any] = set()
 
         def only_compile(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-            warmup = warmup or threading.get_ident() == mine  # other threads' launches are none of ours
+            if threading.get_ident() == mine:  # other threads' launches are none of ours
+                warmup = True
+                seen.add(self)
             return run(self, *arguments, grid=grid, warmup=warmup, **options)
+
+        threads = _Loading(min(16, os.cpu_count() or 1), "compile", *on_device)
+
+        def launch_and_wait() -> None:
+            with contextlib.suppress(Exception), triton.AsyncCompileMode(threads, ignore_errors=True):
+                try:
+                    launch()
+                except BaseException as failure:
+                    if not isinstance(failure, Exception):  # an interrupt waits for what has begun, and no more
+                        threads.given_up = True
+                    raise
 
         JITFunction.run = only_compile
         try:
-            with (
-                _Loading(min(16, os.cpu_count() or 1), "compile", *on_device) as threads,
-                contextlib.suppress(Exception),
-                triton.AsyncCompileMode(threads, ignore_errors=True),
-            ):
-                launch()
+            contextvars.copy_context().run(launch_and_wait)  # an interrupted mode is on in its own context only
+        except BaseException:
+            threads.given_up = True
+            with contextlib.suppress(ImportError, AttributeError):  # of a Triton that keeps them elsewhere
+                _forget_unmade(seen)
+            raise
         finally:
             JITFunction.run = run
+            threads.shutdown(wait=False)
+
+
+def _forget_unmade(functions: Iterable[Any]) -> None:
+    """Have kernels that were promised to these functions, and not made, compiled when they are launched."""
+    from triton.runtime._async_compile import FutureKernel
+
+    for function in functions:
+        for kernels, *_ in function.device_caches.values():
+            for key in [key for key, kernel in kernels.items() if isinstance(kernel, FutureKernel)]:
+                del kernels[key]
 
 
 def device_limits() -> dict[str, float]:

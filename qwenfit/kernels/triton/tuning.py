@@ -1,6 +1,6 @@
 """Launch parameters measured per card, kept as data in tuned/*.json; a shape that was not measured takes a rule.
 
-The files of the folder that QWENFIT_TUNED names come after them: what bench/gpu_search.py found on a card of one's own.
+tuned.json of the folder that QWENFIT_TUNED names comes before them: what bench/gpu_search.py found on one's own card.
 """
 
 from __future__ import annotations
@@ -78,37 +78,59 @@ def _cores() -> int:
 def _table(card: str) -> dict[str, Config]:
     """Every file's configs are in force on the cards that it names, one's own before the others."""
     table: dict[str, Config] = {}
-    known = resources.files("qwenfit.kernels.triton").joinpath("tuned").iterdir()
-    for name, text in [*((f.name, f.read_text()) for f in known if f.name.endswith(".json")), *_own_files()]:
-        try:
-            content = json.loads(text)
-            configs = content["configs"]
-            if not all(type(number) is int for config in configs.values() for number in config.values()):
-                raise TypeError
+    for file in resources.files("qwenfit.kernels.triton").joinpath("tuned").iterdir():
+        if file.name.endswith(".json"):
+            content = json.loads(file.read_text())
             if card in content["cards"]:
-                table.update(configs)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise BadFile(
-                f"{name}, in the folder that QWENFIT_TUNED names, is not a file of launch parameters.",
-                "Remove it, or unset QWENFIT_TUNED; `python -m qwenfit.bench.gpu_search --out FOLDER` writes one.",
-            ) from None
-    return table
+                table.update(content["configs"])
+    return table | _own_table(card)
 
 
-def _own_files() -> list[tuple[str, str]]:
-    """Name and content of each tuned*.json in the folder that QWENFIT_TUNED names."""
+def _own_table(card: str) -> dict[str, Config]:
+    """The configs for the card in tuned.json of the folder that QWENFIT_TUNED names."""
     folder = os.environ.get("QWENFIT_TUNED")
     if not folder:
-        return []
+        return {}
+    path = Path(folder, "tuned.json")
+    again = "Unset it, or name the folder that `python -m qwenfit.bench.gpu_search --out FOLDER` wrote."
     try:
-        if not Path(folder).is_dir():
-            raise NotADirectoryError
-        return [(path.name, path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("tuned*.json"))]
-    except (OSError, ValueError):
-        raise UsageError(
-            f"QWENFIT_TUNED names {folder}, which is no folder whose tuned*.json can be read.",
-            "Unset it, or name the folder that `python -m qwenfit.bench.gpu_search --out FOLDER` wrote.",
-        ) from None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        cards, configs = content["cards"], content["configs"]
+        if not isinstance(cards, list) or not all(_is_config(name, config) for name, config in configs.items()):
+            raise TypeError
+    except (OSError, UnicodeError) as failure:
+        cause = getattr(failure, "strerror", None) or "it is no text"
+        raise UsageError(f"{path}, which QWENFIT_TUNED names, cannot be read: {cause}.", again) from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        if "\0" in folder:
+            raise UsageError("QWENFIT_TUNED names no folder: it holds a zero byte.", again) from None
+        raise BadFile(f"{path}, which QWENFIT_TUNED names, is not a file of launch parameters.", again) from None
+    return configs if card in cards else {}
+
+
+NEEDED = {  # numbers of each kernel's configs that must be there
+    "int_matvec": ("rows", "words", "warps", "programs"),
+    "bf16_matvec": ("rows", "columns", "warps"),
+    "bf16_tiles": ("rows", "columns", "splits", "warps", "beside"),
+    "int_lanes": ("tiles", "warps", "ahead"),
+    "int_matmul": ("m", "rows", "warps", "stages", "splits", "floats"),
+    "decode_heads": ("tokens", "warps"),
+    "decode_attention": ("tokens", "warps"),
+}
+LEAST = {"words": 4, "hold": 0, "early": 0, "floats": 0}  # else 1
+POWERS = {"rows", "words", "columns", "warps", "tokens", "m", "tiles"}  # of two
+
+
+def _is_config(name: str, config: Any) -> bool:
+    """Whether a file's entry has the numbers that its kernel needs, of which a kernel can be made."""
+    if not isinstance(config, dict) or not {*NEEDED.get(name.split(" ")[0], ())} <= {*config}:
+        return False
+    return all(
+        type(number) is int
+        and LEAST.get(what, 1) <= number < 1 << 16
+        and (what not in POWERS or number.bit_count() == 1)
+        for what, number in config.items()
+    )
 
 
 def _rule(kernel: str, shape: tuple[int, ...]) -> Config:
@@ -129,7 +151,7 @@ def _rule(kernel: str, shape: tuple[int, ...]) -> Config:
     if kernel == "bf16_matvec":
         if rows == 1 and 1024 < shape[0] <= 3072 and shape[1] > 24 * _cores():
             return {"rows": 2, "columns": 512, "warps": 2}
-        few = rows == 1 and shape[0] > 3072 and shape[1] < MANY_ROWS * _cores()
+        few = rows == 1 and shape[0] > 3072 and shape[1] <= 24 * _cores()
         return {"rows": 2 if few or rows > 4 else 4, "columns": 1024, "warps": 4}
     if kernel == "bf16_tiles":
         return _tiles_rule(bool(shape[0]), shape[2] // (1 + shape[0]))
@@ -159,7 +181,7 @@ def _matvec_rule(bits: int, needed: int, outputs: int) -> Config:
     """
     each = outputs / _cores()
     many, few = each >= MANY_ROWS, each <= 8
-    if bits == 8 and needed > 1792 and each <= 16:
+    if bits == 8 and 1792 < needed <= 3072 and each <= 16:
         tile, words, warps, beside = 4, 1024, 4, 3
     elif needed >= (1792 if bits == 8 else 513 if few else 1216):  # in pieces, inputs converted anew for each tile
         tile, words = (8, 512) if each <= 24 else (16, 512) if each <= 36 else (8, 256) if each <= 44 else (16, 256)
