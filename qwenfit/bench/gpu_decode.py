@@ -14,7 +14,7 @@ import argparse
 import json
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -283,6 +283,11 @@ def changed(without: str) -> dict[str, tuning.Config]:
     return {name: config | {without: 0} for name, config in tuning.in_force().items()}
 
 
+def indices(given: str, among: Sequence[Any]) -> list[int]:
+    """Those that an option names, comma-separated; all where it names none."""
+    return [int(i) for i in given.split(",")] if given else list(range(len(among)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -301,7 +306,7 @@ def main() -> None:
         tuning.put_in_force(json.loads(options.tuned.read_text())["configs"])
     limits = device_limits()
     torch.cuda.empty_cache()
-    chosen = [int(i) for i in options.runs.split(",")] if options.runs else list(range(len(RUNS)))
+    chosen = indices(options.runs, RUNS)
     checks: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     failures: list[str] = []
@@ -318,8 +323,7 @@ def main() -> None:
             failures.append(f"{arguments}: {type(error).__name__}: {error}"[:300])
             traceback.print_exc()
 
-    checked = [int(i) for i in options.checks.split(",")] if options.checks else list(range(len(CHECKS)))
-    for i in [] if options.no_checks else checked:
+    for i in [] if options.no_checks else indices(options.checks, CHECKS):
         attempt(checks, check, *CHECKS[i])
     for i in chosen:
         attempt(results, run, *(shortened(*RUNS[i]) if options.short else RUNS[i]), limits["read"])

@@ -69,9 +69,7 @@ def main() -> None:
             "cores": os.cpu_count(),
             "ready_s": ready,
             "kernels": known,
-            "compiling_s": sum(
-                each["seconds"] for each in compiled[:known]
-            ),  # of all threads, which wait for each other
+            "compiling_s": sum(each["seconds"] for each in compiled[:known]),  # of all threads together
             "first_answer_s": answered,
             "compiled_after": [each["kernel"] for each in compiled[known:]],
             "compiled": compiled,

@@ -142,7 +142,6 @@ class Runner:
             graphs = DecodeGraphs(model, self.cache, max_num_seqs, width, self.device, self._greedy, self._last)
             prompts = PromptGraphs(model, self.cache, graphs, self.device)
             self.pads = max_num_seqs > 1
-        prepares = self.pads and batch is not None and on_gpu
 
         def step() -> object:
             return None if batch is None else prefill(model, batch, self.cache, batch.logits_indices)
@@ -165,13 +164,13 @@ class Runner:
 
         compile_side_by_side(launch_each)
         launch_prompts()
-        if graphs is not None:
+        if graphs is not None and prompts is not None:
             graphs.record()
             self._graphs, self._prompts = graphs, prompts
             if batch is not None and on_gpu:
                 self._costs = Costs.measured(step, graphs, self.cache)
-        if prompts is not None and prepares:
-            prompts.prepare()
+                if self.pads:
+                    prompts.prepare()
 
     def run(self, requests: list[Request]) -> tuple[Tensor | None, Tensor | None]:
         """Compute each request's scheduled tokens.

@@ -94,16 +94,16 @@ def _own_table(card: str) -> dict[str, Config]:
     path = Path(folder, "tuned.json")
     again = "Unset it, or name the folder that `python -m qwenfit.bench.gpu_search --out FOLDER` wrote."
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as failure:  # a ValueError: no text, or a name that can be none
+        cause = getattr(failure, "strerror", None) or failure
+        raise UsageError(f"{path}, which QWENFIT_TUNED names, cannot be read: {cause}.", again) from None
+    try:
+        content = json.loads(text)
         cards, configs = content["cards"], content["configs"]
         if not isinstance(cards, list) or not all(_is_config(name, config) for name, config in configs.items()):
             raise TypeError
-    except (OSError, UnicodeError) as failure:
-        cause = getattr(failure, "strerror", None) or "it is no text"
-        raise UsageError(f"{path}, which QWENFIT_TUNED names, cannot be read: {cause}.", again) from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        if "\0" in folder:
-            raise UsageError("QWENFIT_TUNED names no folder: it holds a zero byte.", again) from None
         raise BadFile(f"{path}, which QWENFIT_TUNED names, is not a file of launch parameters.", again) from None
     return configs if card in cards else {}
 
