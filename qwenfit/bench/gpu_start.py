@@ -1,7 +1,8 @@
 """Seconds until an engine is ready where no kernel has been compiled: `python -m qwenfit.bench.gpu_start --out FOLDER`.
 
 Random weights of the model's shapes, made on the GPU, and an empty cache of compiled kernels. `--one-by-one` compiles
-each kernel when it is first launched, as it was before kernels were compiled side by side.
+each kernel when it is first launched, as it was before kernels were compiled side by side. `--cache FOLDER` keeps what
+is compiled there: a second run with it finds everything compiled.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--precision", default="int4", choices=("int4", "int8", "bf16"))
     parser.add_argument("--kv-cache", default="bf16")
     parser.add_argument("--one-by-one", action="store_true")
+    parser.add_argument("--cache", help="folder of compiled kernels, kept")
     options = parser.parse_args()
     need_gpu()
     if options.one_by_one:
@@ -45,7 +47,7 @@ def main() -> None:
     config = resolve_model(options.model)
     torch.zeros(1, device="cuda")
     with tempfile.TemporaryDirectory() as empty:
-        os.environ["TRITON_CACHE_DIR"] = empty
+        os.environ["TRITON_CACHE_DIR"] = options.cache or empty
         bits = None if options.precision == "bf16" else int(options.precision[3:])
         model = random_network(config, torch.bfloat16, "cuda", bits)
         synchronize()
