@@ -27,7 +27,7 @@ from qwenfit.checkpoint.resolve import resolve_model
 from qwenfit.config import ModelConfig
 from qwenfit.kernels.kv_quant import dequantize_kv
 from qwenfit.kernels.triton import ragged, tuning
-from qwenfit.kernels.triton.prompt_attention import prompt_attention, prompt_attention_reference
+from qwenfit.kernels.triton.prompt_attention import prompt_attention, prompt_attention_reference, tiles_of
 from qwenfit.model.attention import FullContext
 from qwenfit.model.batch import Chunk, make_batch
 from qwenfit.model.kv_cache import KVCache
@@ -65,20 +65,34 @@ def projected(queries: list[int], contexts: list[int], heads: int = HEADS) -> Th
     return qkv[:, :heads], keys[0], keys[1]
 
 
-def plan_of(queries: list[int], contexts: list[int]) -> ragged.RaggedPlan:
-    starts = [
-        torch.tensor([*accumulate(lens, initial=0)], dtype=torch.int32, device=DEVICE) for lens in (queries, contexts)
-    ]
+def plan_of(queries: list[int], contexts: list[int], config: dict[str, int] | None = None) -> ragged.RaggedPlan:
+    """Of prompts alone, for our own attention with a config."""
+    tiles = tiles_of(queries, contexts, config["m"]) if config else []
+    numbers = [[*accumulate(queries, initial=0)], [*accumulate(contexts, initial=0)], tiles, [0]]
+    starts, context_starts, programs, before = (torch.tensor(n, dtype=torch.int32, device=DEVICE) for n in numbers)
     empty = torch.empty(0, dtype=torch.int64, device=DEVICE)
     slots = None if queries == contexts else empty
-    return ragged.RaggedPlan(0, empty, None, empty, queries, contexts, starts[0], starts[1], slots)
+    return ragged.RaggedPlan(
+        0,
+        before,
+        empty,
+        None,
+        empty,
+        queries,
+        contexts,
+        starts,
+        context_starts,
+        slots,
+        config or {"cudnn": 1},
+        programs,
+    )
 
 
 def attention_of(config: dict[str, int], queries: list[int], contexts: list[int], tensors: Three) -> Run:
-    plan = plan_of(queries, contexts)
-    return partial(
-        prompt_attention, *tensors, plan.query_starts, plan.context_starts, max(queries), 128**-0.5, config
-    )  # fmt: skip
+    plan = plan_of(queries, contexts, config)
+    assert plan.tiles is not None
+    starts = plan.query_starts, plan.context_starts
+    return partial(prompt_attention, *tensors, *starts, plan.tiles, 128**-0.5, config)
 
 
 def compile_attention(config: dict[str, int]) -> None:

@@ -42,7 +42,7 @@ class DecodeGraphs:
         self.pool: Any = None  # torch's handle of the memory that all graphs share
         self._recorded: dict[int, tuple[DecodeStep, torch.cuda.CUDAGraph]] = {}
         self._batch = self._size = 0  # of the last step
-        self._logits = torch.empty(self.sizes[-1], model.config.vocab_size, device=device)
+        self.logits = torch.empty(self.sizes[-1], model.config.vocab_size, device=device)  # of the last step
         self._tokens = torch.empty(self.sizes[-1], dtype=torch.int64, device=device)
 
     def fits(self, batch: int) -> bool:
@@ -94,7 +94,7 @@ class DecodeGraphs:
         if new is not None:
             extend(step.buffers, new, self.cache.block_size)
         graph.replay()
-        return self._logits[: self._batch], self._tokens[: self._batch]
+        return self.logits[: self._batch], self._tokens[: self._batch]
 
     def take(self, tokens: torch.Tensor) -> None:
         """Tokens int64 [batch] that the sequences of the last step get in place of the greedy ones; -1 counts as 0."""
@@ -119,7 +119,7 @@ class DecodeGraphs:
     def _run(self, step: DecodeStep, layers: int | None = None) -> None:
         """What a graph records; of only some layers, to compile its kernels."""
         size = len(step.buffers.input_ids)
-        logits, tokens = self._logits[:size], self._tokens[:size]
+        logits, tokens = self.logits[:size], self._tokens[:size]
         step.run(logits, layers)
         self._greedy(logits, tokens)
         advance(step.buffers, tokens, self._last, self.cache.block_size)

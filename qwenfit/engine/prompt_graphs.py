@@ -8,16 +8,15 @@ from collections.abc import Sequence
 import torch
 
 from qwenfit.engine.copies import tensor_of, to_device
-from qwenfit.engine.costs import seconds
 from qwenfit.engine.graphs import DecodeGraphs
 from qwenfit.kernels.choice import INT_MATMUL_ROWS
-from qwenfit.kernels.triton.ragged import RaggedPlan
+from qwenfit.kernels.triton.prompt_attention import tiles_of
+from qwenfit.kernels.triton.ragged import RaggedPlan, is_own, prompt_config
 from qwenfit.model.kv_cache import KVCache
 from qwenfit.model.prefill import run_layers
 from qwenfit.model.transformer import Transformer
 
 LENGTHS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, *range(1152, 2049, 128))
-USUAL = 256  # recorded at the start, to tell what others will take
 PADDED = 1024  # beyond, the device takes longer than the host, and a graph must not pad by more than a 32nd
 
 
@@ -30,7 +29,11 @@ class PromptStep:
         self._numbers = torch.zeros(2 * size + 2, dtype=torch.int64, device=device)
         starts = self._numbers[-1:].view(torch.int32)  # 0 and the length: the halves of length * 2^32
         none = torch.empty(0, dtype=torch.int64, device=device)
-        self._plan = RaggedPlan(0, none, None, none, [size], [size], starts, starts, None, padded=True)
+        config = prompt_config(model.config.num_heads, cache.layers[0], model.dtype, [size])
+        tiles = torch.tensor(tiles_of([size], [size], config["m"]), device=device).int() if is_own(config) else None
+        self._plan = RaggedPlan(
+            0, starts[:1], none, None, none, [size], [size], starts, starts, None, config, tiles, padded=True
+        )
         positions = torch.arange(size, device=device)
         self._angles = model.rotary.angles(positions, [size], [1.0], math.inf, model.dtype)
 
@@ -63,28 +66,11 @@ class PromptGraphs:
         self._graphs = graphs
         self._steps: dict[int, PromptStep] = {}
         self._recorded: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self.seconds: dict[int, float] = {}  # that the device takes for each length that is recorded
 
     def launch_each(self) -> None:
         """Launch every kernel that a lone prompt takes, so that they are compiled: longer ones take no others."""
-        for size in (size for size in LENGTHS if size <= max(USUAL, *INT_MATMUL_ROWS.values())):
+        for size in (size for size in LENGTHS if size <= max(INT_MATMUL_ROWS.values())):
             PromptStep(self.model, self.cache, size, self.device).run()
-
-    @torch.inference_mode()
-    def prepare(self, size: int = USUAL) -> None:
-        """Record one of LENGTHS, by a prompt that the cache keeps nothing of."""
-        for _ in range(2):
-            self.run(size, [0] * size, [-1] * size)
-
-    def expected(self, size: int) -> float | None:
-        """Seconds of the device for one of LENGTHS: no less than it will take. None: nothing is known."""
-        longer = [known for known in self.seconds if known >= size]
-        if longer:
-            return self.seconds[min(longer)]
-        if not self.seconds:
-            return None
-        longest = max(self.seconds)
-        return self.seconds[longest] * size / longest
 
     @staticmethod
     def size_for(length: int) -> int | None:
@@ -102,7 +88,7 @@ class PromptGraphs:
         step.fill(ids, slots)
         if size not in self._recorded:
             self._recorded[size] = graph, logits = self._record(step)
-            self.seconds[size] = seconds(graph.replay, times=2)
+            graph.replay()
             return logits
         graph, logits = self._recorded[size]
         graph.replay()

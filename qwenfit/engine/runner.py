@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from qwenfit.engine.brought import Brought
 from qwenfit.engine.copies import tensor_of, to_device
 from qwenfit.engine.costs import Costs
 from qwenfit.engine.padding import padded
@@ -20,6 +21,7 @@ from qwenfit.model.kv_cache import PARITY, KVCache
 
 if TYPE_CHECKING:
     from qwenfit.engine.graphs import DecodeGraphs
+    from qwenfit.engine.mixed_graphs import MixedGraphs
     from qwenfit.engine.prompt_graphs import PromptGraphs
     from qwenfit.model.transformer import Transformer
 
@@ -109,9 +111,7 @@ class Runner:
         self.device = device
         self._greedy = greedy
         self._graphs: DecodeGraphs | None = None
-        # Whether prompts run by themselves after the recorded rest of their step; None: where that is faster.
-        self.apart: bool | None = None
-        self._costs: Costs | None = None  # None: not measured, so that None is False
+        self._mixed: MixedGraphs | None = None
         self.pads = False  # whether a step with prompts is padded to numbers of rows whose products are loaded
         self._ready: Ready | None = None  # None: the next step's inputs come from the host
         self._drawn: Ready | None = None  # the same, once the sampler has chosen the last step's tokens
@@ -127,6 +127,7 @@ class Runner:
     def _warm_up(self, model: Transformer, max_num_seqs: int, max_batched_tokens: int) -> None:
         """Compile and record at the start what would stop the requests later. The cache is still empty."""
         from qwenfit.engine.graphs import DecodeGraphs
+        from qwenfit.engine.mixed_graphs import MixedGraphs
         from qwenfit.engine.prompt_graphs import PromptGraphs
         from qwenfit.engine.warm_up import compile_prompts, load_products
         from qwenfit.kernels.triton.launch import compile_side_by_side
@@ -137,11 +138,13 @@ class Runner:
         # A decoded token, and the second part of a prompt.
         chunks = [Chunk([0], 1, [0] * width), Chunk([0] * size, size, [0, 1, *[0] * (width - 2)])]
         batch = make_batch(chunks, size, self.device) if self.cache.num_blocks >= 2 else None
-        graphs = prompts = None
+        graphs = prompts = mixed = None
         if _plain(model):
             graphs = DecodeGraphs(model, self.cache, max_num_seqs, width, self.device, self._greedy, self._last)
             prompts = PromptGraphs(model, self.cache, graphs, self.device)
             self.pads = max_num_seqs > 1
+            if self.pads:
+                mixed = MixedGraphs(model, self.cache, graphs, max_batched_tokens, self._last)
 
         def step() -> object:
             return None if batch is None else prefill(model, batch, self.cache, batch.logits_indices)
@@ -157,6 +160,8 @@ class Runner:
                 graphs.launch_each()
             if prompts is not None and on_gpu:
                 prompts.launch_each()
+            if mixed is not None and on_gpu:
+                mixed.launch_each()
             launch_prompts()
             if batch is not None:  # one row fewer, which int4 and int8 weights multiply by other kernels
                 few = make_batch([chunks[0], replace(chunks[1], token_ids=[0] * (size - 1))], size, self.device)
@@ -166,11 +171,9 @@ class Runner:
         launch_prompts()
         if graphs is not None and prompts is not None:
             graphs.record()
-            self._graphs, self._prompts = graphs, prompts
-            if batch is not None and on_gpu:
-                self._costs = Costs.measured(step, graphs, self.cache)
-                if self.pads:
-                    prompts.prepare()
+            if mixed is not None and batch is not None and on_gpu:
+                mixed.record(Costs.measured(step, self.cache))
+            self._graphs, self._prompts, self._mixed = graphs, prompts, mixed
 
     def run(self, requests: list[Request]) -> tuple[Tensor | None, Tensor | None]:
         """Compute each request's scheduled tokens.
@@ -188,8 +191,6 @@ class Runner:
             count = next((i for i, request in enumerate(requests) if not _decodes(request)), len(requests))
             if count == len(requests) and self._graphs.fits(count):
                 return self._decode(self._graphs, requests)
-            if count and self._graphs.fits(count) and self._runs_apart(requests[:count], requests[count:]):
-                return self._decode_apart(self._graphs, requests[:count], ready, requests[count:])
         return self._compute(requests), None
 
     @torch.inference_mode()
@@ -199,6 +200,10 @@ class Runner:
         if self._prompts is not None and size is not None:
             first = requests[0]
             return self._prompts.run(size, first.tokens, self._slots(first.blocks, 0, first.length))
+        reached = sum(request.computed + request.scheduled == request.length for request in requests)
+        recorded = self._replay_mixed(self._mixed, requests) if self._mixed is not None else None
+        if recorded is not None:
+            return recorded[:reached] if reached else None
         batch = self._batch(requests)
         rows = batch.logits_indices
         if self._transformer is not None:
@@ -208,39 +213,32 @@ class Runner:
         else:
             hidden = self.model.forward(batch, self.cache)
             hidden = hidden if len(rows) == len(hidden) and not self.pads else hidden[rows]
-        reached = sum(request.computed + request.scheduled == request.length for request in requests)
         return self.model.logits(hidden)[:reached] if reached else None
 
-    def _runs_apart(self, decoding: list[Request], prompts: list[Request]) -> bool:
-        """Whether `prompts` run after the recorded step of `decoding`, not in one batch with it."""
-        if self.apart is not None:
-            return self.apart
-        size = self._prompt_size(prompts)
-        if self._costs is None or self._prompts is None or size is None:
-            return False
-        prompt = self._prompts.expected(size)
-        context = sum(request.computed for request in decoding)
-        return prompt is not None and self._costs.apart(len(decoding), context, prompt)
+    def _replay_mixed(self, graphs: MixedGraphs, requests: list[Request]) -> Tensor | None:
+        """The logits of a step with prompts in it, as one replay; None: it is to be launched."""
+        if any(request.alpha != 1.0 for request in requests):
+            return None
+        count = next((i for i, request in enumerate(requests) if request.scheduled > 1), len(requests))
+        rows = sum(request.scheduled for request in requests)
+        step = graphs.take(rows, sum(request.computed for request in requests[:count]))
+        if step is None:
+            return None
+        brought = self._brought(requests)
+        if not step.fits(brought):
+            return None
+        contexts = (
+            self._slots(request.blocks, 0, request.computed + request.scheduled) for request in requests[count:]
+        )
+        tables = self._block_tables(requests[:count]).contiguous() if count else torch.zeros(0, 0, dtype=torch.int32)
+        step.fill(brought, tables, [*chain.from_iterable(contexts)])
+        return graphs.replay(step)
 
     def _prompt_size(self, requests: list[Request]) -> int | None:
         """The length of the recorded prompt that the requests are; None: there is none for them."""
         if self._prompts is None or len(requests) != 1 or not _whole(requests[0]):
             return None
         return self._prompts.size_for(requests[0].length)
-
-    @torch.inference_mode()
-    def _decode_apart(
-        self, graphs: DecodeGraphs, decoding: list[Request], ready: Ready | None, prompts: list[Request]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """`run` for requests that bring one token each, recorded, and prompts after them, by themselves."""
-        logits, tokens = self._decode_on(graphs, decoding, ready) or self._decode(graphs, decoding)
-        ready, self._ready = self._ready, None  # until the prompts are done
-        made = self._compute(prompts)
-        if made is not None:
-            self._drawn = None
-            return torch.cat((logits, made)), None
-        self._ready = ready
-        return logits, tokens
 
     @torch.inference_mode()
     def keep(self, requests: list[Request], tokens: Tensor) -> None:
@@ -315,19 +313,9 @@ class Runner:
 
         The rows whose logits are wanted are padded too, with the last of them.
         """
-        ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        last: list[int] = []
-        for request in requests:
-            start, end = request.computed, request.computed + request.scheduled
-            ids += [-1 - request.row] if request.pending else request.tokens[start:end]
-            positions += range(start, end)
-            slots += self._slots(request.blocks, start, end)
-            if end == request.length:
-                last.append(len(ids) - 1)
-        query_lens = [request.scheduled for request in requests]
-        context_lens = [request.computed + request.scheduled for request in requests]
+        brought = self._brought(requests)
+        ids, positions, slots, last = brought.ids, brought.positions, brought.slots, brought.last
+        query_lens, context_lens = brought.query_lens, brought.context_lens
         alphas = [request.alpha for request in requests]
         tables = self._block_tables(requests)
         if self.pads:
@@ -357,6 +345,20 @@ class Runner:
             ntk_alphas=alphas,
             logits_indices=indices,
         )
+
+    def _brought(self, requests: list[Request]) -> Brought:
+        """What the requests bring to a step."""
+        made = Brought([], [], [], [], [], [])
+        for request in requests:
+            start, end = request.computed, request.computed + request.scheduled
+            made.ids.extend([-1 - request.row] if request.pending else request.tokens[start:end])
+            made.positions.extend(range(start, end))
+            made.slots.extend(self._slots(request.blocks, start, end))
+            made.query_lens.append(end - start)
+            made.context_lens.append(end)
+            if end == request.length:
+                made.last.append(len(made.ids) - 1)
+        return made
 
     def _slots(self, blocks: list[int], start: int, end: int) -> list[int]:
         """Where the keys and values of the tokens from `start` to `end` go: block * block_size + offset."""

@@ -36,12 +36,13 @@ def compile_prompts(model: Transformer, cache: KVCache, device: torch.device) ->
     at = torch.arange(count, device=device)
     angles = model.rotary.angles(at, [count], [1.0], math.inf, model.dtype)
     new = new_tokens(layer.self_attn, angles, torch.full_like(at, -1), cache)
-    rotate_in_place(qkv, new, cache.layers[0], 0)
+    none = torch.zeros(1, dtype=torch.int32, device=device)
+    rotate_in_place(qkv, new, cache.layers[0], none)
     if model.dtype != torch.float32:
         turn = Turn(angles.cos, angles.sin, angles.query_scale) if new.head_norms is None else None
         compile_prompt_attention(qkv, config.num_kv_heads, turn)
         if turn is not None:
-            rotate_in_place(qkv, new, cache.layers[0], 0, queries=False)
+            rotate_in_place(qkv, new, cache.layers[0], none, queries=False)
 
 
 @torch.inference_mode()

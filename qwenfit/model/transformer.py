@@ -124,15 +124,18 @@ class Transformer(nn.Module):
         out: torch.Tensor = self.norm(x)
         return out
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [..., hidden_size] after the final norm -> float32 [..., vocab_size], padding rows included."""
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden [..., hidden_size] after the final norm -> float32 [..., vocab_size], padding rows included.
+
+        In `out`, float32 and contiguous, if given.
+        """
         weight = None
         if self.lm_head is None or type(self.lm_head) is Linear:  # not one with an adapter around it
             weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         if hidden.is_cuda and hidden.dim() == 2 and weight is not None and not torch.is_grad_enabled():
-            return wide_product(hidden, weight)
+            return wide_product(hidden, weight, out)
         if self.lm_head is not None:
-            out: torch.Tensor = self.lm_head(hidden)
+            logits: torch.Tensor = self.lm_head(hidden)
         else:
-            out = linear(hidden, self.embed_tokens.weight, None)
-        return out.float()
+            logits = linear(hidden, self.embed_tokens.weight, None)
+        return logits.float() if out is None else out.copy_(logits)

@@ -17,9 +17,12 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("plays a GPU where there is none", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
-from qwenfit.engine import prompt_graphs
+from qwenfit.engine import mixed_graphs, prompt_graphs
+from qwenfit.engine.brought import Brought
 from qwenfit.engine.costs import Costs
 from qwenfit.engine.graphs import DecodeGraphs
+from qwenfit.engine.mixed_graphs import MixedGraphs
+from qwenfit.engine.padding import padded
 from qwenfit.engine.prompt_graphs import PromptGraphs, PromptStep
 from qwenfit.kernels.triton import bf16_matvec
 from qwenfit.model import prefill
@@ -37,8 +40,9 @@ class Replayed:
         self.run()
 
 
-# Of blocks that hold nothing yet, where the test has put NaN, a maximum is taken that nothing uses.
-pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice")
+# Of blocks that hold nothing yet, where the test has put NaN, a maximum is taken that nothing uses; rows of padding
+# hold anything.
+pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:overflow", "ignore:invalid value")
 
 
 @pytest.fixture
@@ -97,48 +101,101 @@ def test_a_prompt_that_comes_alone_is_padded_and_replayed(gpu, monkeypatch):
     assert_empty(engine)
 
 
-@pytest.mark.parametrize("launching", [10.0, 0.0])
-def test_a_prompt_runs_apart_where_the_host_takes_longer(gpu, monkeypatch, launching):
-    """The others' step is then a replay, and the prompt's one of its own."""
-    monkeypatch.setattr(prompt_graphs, "LENGTHS", (8,))
-    prompts = []
+def recorded_mixed(monkeypatch) -> list[Replayed]:
+    """Small sizes of steps with prompts are recorded; their replays."""
+    replayed = []
 
-    def record(graphs: PromptGraphs, step: PromptStep):
-        logits = step.run().clone()
-        prompts.append(Replayed(lambda: logits.copy_(step.run())))
-        return prompts[-1], logits
+    def record(graphs: MixedGraphs, size: int) -> bool:
+        if size not in graphs._recorded:
+            step = graphs._step(size)
+            step.run()
+            replayed.append(Replayed(step.run))
+            graphs._recorded[size], graphs.seconds[size] = (step, replayed[-1]), size / 8
+        return True
 
-    monkeypatch.setattr(PromptGraphs, "_record", record)
-    engine = real_engine(*NETWORK, num_blocks=9, block_size=8, max_num_seqs=3, max_batched_tokens=16, lookahead=True)
-    engine.runner._costs = Costs(launching, {2: 1.0, 4: 1.0}, 0.1)
-    engine.runner._prompts.prepare(8)
-    measured = prompts[0].replays
-    params = [SamplingParams(max_tokens=count, temperature=0, ignore_eos=True) for count in (14, 3)]
-    asked = [([7, 3], params[0])]
-    ids = [engine.add(*asked[0])]
-    deltas = [delta for _ in range(3) for delta in engine.step()]
-    for length in (5, 6, 4):
-        asked.append((list(range(length)), params[1]))
-        ids.append(engine.add(*asked[-1]))
-        deltas += [delta for _ in range(3) for delta in engine.step()]
+    monkeypatch.setattr(mixed_graphs, "SIZES", (8, 16))
+    monkeypatch.setattr(mixed_graphs, "USUAL", 8)
+    monkeypatch.setattr(mixed_graphs, "BEFORE", 16)
+    monkeypatch.setattr(mixed_graphs, "CONFIG", {"m": 16, "n": 16, "warps": 1, "stages": 1})
+    monkeypatch.setattr(mixed_graphs, "WIDE_CONFIG", {"m": 16, "n": 16, "warps": 1, "stages": 1})
+    monkeypatch.setattr(MixedGraphs, "_record", record)
+    return replayed
+
+
+def mixed_engine(launching: float, **options):
+    engine = real_engine(*NETWORK, **{"block_size": 8, "max_num_seqs": 4, "max_batched_tokens": 16, **options})
+    engine.runner._mixed.record(Costs(launching, 0.01))
+    return engine
+
+
+@pytest.mark.parametrize(("launching", "sizes"), [(10.0, {8, 16}), (0.9, {8}), (0.0, {8})])
+def test_a_step_with_prompts_is_replayed_where_the_host_takes_longer(gpu, monkeypatch, launching, sizes):
+    """Prompts whole and in parts, on their own and beside sequences that decode: the same answers."""
+    replayed = recorded_mixed(monkeypatch)
+    engine = mixed_engine(launching, num_blocks=24, lookahead=True)
+    for layer in engine.runner.cache.layers:  # warming up has written to it
+        layer.key.fill_(torch.nan)
+        layer.value.fill_(torch.nan)
+    assert engine.runner._mixed._recorded.keys() == sizes
+    params = [SamplingParams(max_tokens=count, temperature=0, ignore_eos=True) for count in (9, 3)]
+    lengths = (2, 15, 4, 13, 9, 14, 3, 1, 16, 20, 12, 12)
+    asked = [([(7 * i + j) % 40 for j in range(length)], params[i % 2]) for i, length in enumerate(lengths)]
+    ids, deltas = [], []
+    for i, (prompt, wanted) in enumerate(asked):
+        ids.append(engine.add(prompt, wanted))
+        deltas += engine.step() if i % 3 == 0 else []
     while engine.has_work:
         deltas += engine.step()
     for request, (prompt, wanted) in zip(ids, asked, strict=True):
         tokens = [token for delta in deltas if delta.request_id == request for token in delta.token_ids]
         assert tokens == network_alone(prompt, wanted)
-    assert len(prompts) == 1 and prompts[0].replays - measured == (4 if launching else 1)  # the first comes alone
+    assert (sum(graph.replays for graph in replayed) > 5) == (launching == 10.0)
     assert_empty(engine)
 
 
-def test_what_a_prompt_will_take_is_told_from_those_recorded():
-    graphs = PromptGraphs(*NETWORK, None, torch.device("cpu"))
-    assert graphs.expected(256) is None
-    graphs.seconds = {64: 1.0, 256: 3.0}
-    assert [graphs.expected(size) for size in (64, 128, 256, 1024)] == [1.0, 3.0, 3.0, 12.0]
+def test_what_a_recorded_step_has_no_room_for_is_launched(gpu, monkeypatch):
+    """More prompts, or more of them in the cache, than it was made for; a prompt that NTK stretches."""
+    recorded_mixed(monkeypatch)
+    monkeypatch.setattr(mixed_graphs, "PROMPTS", 1)
+    monkeypatch.setattr(mixed_graphs, "BEFORE", 0)
+    engine = mixed_engine(10.0, num_blocks=24)
+    step = engine.runner._mixed.take(9, 0)
+    assert step.size == 16 and engine.runner._mixed.take(17, 0) is None
+
+    def brought(*lengths: tuple[int, int]) -> Brought:
+        count = sum(queries for queries, _ in lengths)
+        queries, contexts = [queries for queries, _ in lengths], [context for _, context in lengths]
+        return Brought([0] * count, [0] * count, [0] * count, [], queries, contexts)
+
+    assert step.fits(brought((1, 90), (1, 7), (14, 16)))
+    assert not step.fits(brought((1, 90), (14, 17)))  # the prompt's own tokens before
+    assert not step.fits(brought((2, 2), (1, 1)))  # two prompts
+    assert not step.fits(brought((1, 3), (16, 16)))
+    assert not step.fits(brought(*[(1, 1)] * 5))
+    params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
+    prompts = [list(range(20)), [4, 4, 4], [5, 6]]
+    ids = [engine.add(prompt, params) for prompt in prompts]
+    made = run_to_end(engine)
+    assert [tokens_of(made[i, 0]) for i in ids] == [network_alone(prompt, params) for prompt in prompts]
+    assert_empty(engine)
 
 
-def test_costs_weigh_the_host_against_both_parts():
-    costs = Costs(5.0, {1: 1.0, 8: 2.0}, 0.01)
-    assert costs.apart(1, 100, 2.9) and not costs.apart(1, 100, 3.1)
-    assert costs.apart(2, 100, 1.9) and not costs.apart(2, 100, 2.1)
-    assert not costs.apart(9, 0, 0.0)  # no such step is recorded
+def test_recorded_sizes_are_ones_that_steps_are_padded_to():
+    """Their products are loaded at the start."""
+    assert all(padded(size) == size for size in mixed_graphs.SIZES)
+
+
+def test_costs_weigh_the_host_against_the_padding(gpu, monkeypatch):
+    recorded_mixed(monkeypatch)
+    graphs = mixed_engine(10.0, num_blocks=4).runner._mixed
+    graphs.seconds = {8: 1.0, 16: 3.0}
+    graphs.costs = Costs(2.0, 0.01)
+    assert graphs.take(5, 0).size == 8
+    assert graphs.take(9, 0) is None  # 3.0 against 2.0
+    assert graphs.take(16, 0).size == 16  # as long as it would take launched
+    assert graphs.take(8, 500).size == 8 and graphs.take(7, 500).size == 8
+    graphs.costs = Costs(2.9, 0.01)
+    assert graphs.take(15, 0) is None  # the device alone: 2.75
+    graphs.costs = Costs(3.1, 0.01)
+    assert graphs.take(9, 0).size == 16
+    assert graphs.take(9, 20) is None  # 3.2 against 3.1

@@ -99,7 +99,7 @@ class Recorded(DecodeGraphs):
         self._run(self._recorded[self._size][0])
 
 
-apart = pads = False  # whether prompts run by themselves, and whether steps with prompts are padded
+pads = False  # whether steps with prompts are padded
 
 
 def recorded_engine(**options) -> Engine:
@@ -110,14 +110,13 @@ def recorded_engine(**options) -> Engine:
         model, runner.cache, len(runner._last), runner._tables.shape[1], runner.device, runner._greedy, runner._last
     )
     runner._graphs.record()
-    runner.apart, runner.pads = apart, pads
+    runner.pads = pads
     return engine
 
 
-@pytest.fixture(autouse=True, params=["at once, padded", "lookahead", "lookahead, padded, prompts apart"])
+@pytest.fixture(autouse=True, params=["at once, padded", "lookahead", "lookahead, padded"])
 def lookahead(request, monkeypatch):
     monkeypatch.setattr(fakes, "lookahead", "lookahead" in request.param)
-    monkeypatch.setitem(globals(), "apart", "apart" in request.param)
     monkeypatch.setitem(globals(), "pads", "padded" in request.param)
     monkeypatch.setattr(sampler, "to_host", torch.clone)  # as a GPU does: a copy of what is there now
     return fakes.lookahead

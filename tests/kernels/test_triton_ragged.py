@@ -64,7 +64,7 @@ def test_prompts_chunks_and_single_tokens_in_one_step(
 ) -> None:
     """The kernel of our own rotates the queries that it reads, where no norm comes before."""
     if own:
-        monkeypatch.setattr(ragged, "_fastest", lambda *_: {"m": 16, "n": 16, "warps": 1, "stages": 1})
+        monkeypatch.setattr(ragged, "prompt_config", lambda *_: {"m": 16, "n": 16, "warps": 1, "stages": 1})
     dim, (queries, contexts) = 16, STEPS[name]
     ours, theirs = filled(kv_heads, dim, 20, quantized), on_cpu(filled(kv_heads, dim, 20, quantized))
     tables = torch.randperm(20, generator=torch.Generator().manual_seed(0))[: 4 * len(queries)].view(-1, 4).int()
@@ -86,11 +86,10 @@ def test_prompts_chunks_and_single_tokens_in_one_step(
 @pytest.mark.parametrize("quantized", [False, True])
 def test_a_context_is_read_back_from_scattered_slots(quantized: bool) -> None:
     cache = filled(3, 16, 6, quantized)
-    slots = torch.tensor([5, 0, 23, 7, 7], device=DEVICE)
-    for got, expected in zip(
-        gather_context(cache, slots, torch.float32), gather_context_reference(cache, slots, torch.float32), strict=True
-    ):
-        assert error(got, expected) < 1e-6
+    slots = torch.tensor([5, 0, 23, 7, 7, -1], device=DEVICE)
+    expected = gather_context_reference(cache, slots[:5], torch.float32)
+    for got, wanted in zip(gather_context(cache, slots, torch.float32), expected, strict=True):
+        assert error(got[:5], wanted) < 1e-6
 
 
 def test_the_attention_of_prompts_is_compiled_with_every_config_of_its_shape(monkeypatch) -> None:

@@ -1,11 +1,13 @@
 """Causal attention of prompts on the tensor cores: several at once, each on its own context.
 
 `prompt_attention_reference` is the definition. The kernel is the forward pass of FlashAttention-2 (arXiv 2307.08691),
-a program for some queries of one head; the longest rows start first, so that short ones fill the gaps at the end.
+a program for some queries of one head; the longest rows start first, so that short ones fill the gaps at the end. The
+grid depends on no length, so that a CUDA graph of a step serves other prompts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,29 +47,44 @@ def prompt_attention_reference(
     return out
 
 
+def tiles_of(query_lens: Sequence[int], context_lens: Sequence[int], rows: int) -> list[tuple[int, int]]:
+    """The programs of a head, `rows` queries each: (prompt, first query), those with most to read first."""
+    tiles = [
+        (context - queries + first, prompt, first)
+        for prompt, (queries, context) in enumerate(zip(query_lens, context_lens, strict=True))
+        for first in range(0, queries, rows)
+    ]
+    return [(prompt, first) for _, prompt, first in sorted(tiles, reverse=True)]
+
+
 def prompt_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     query_starts: torch.Tensor,
     context_starts: torch.Tensor,
-    longest: int,
+    tiles: torch.Tensor,
     scale: float,
     config: dict[str, int],
     turn: Turn | None = None,
+    before: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`prompt_attention_reference` in one kernel, from int32 [prompts + 1] of where each prompt's rows begin.
 
-    `longest`: no prompt has more queries. Heads are contiguous and a power of two wide; tokens may be strided. With
-    `turn` the queries are as they were projected, and each step on them is rounded to their dtype.
+    tiles: int32 [programs, 2] of `tiles_of` for config["m"] queries each; a first query that the prompt does not have
+    stands for none. before: int32 [1], rows of q that come before the first prompt's; None: none. Rows of `out` that
+    are no prompt's are left alone. Heads are contiguous and a power of two wide; tokens may be strided. With `turn` the
+    queries are as they were projected, and each step on them is rounded to their dtype.
     """
     cos, sin, query_scale = turn or (None, None, None)
     heads, head_dim = q.shape[1:]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    _prompt_attention[(heads, triton.cdiv(longest, config["m"]), len(query_starts) - 1)](
-        q, k, v, out, cos, sin, query_scale, query_starts, context_starts, q.stride(0), k.stride(0), v.stride(0),
-        scale * 1.4426950408889634, HEADS=heads, GROUP=heads // k.shape[1], DIM=head_dim,
-        TURNS=turn is not None, HAS_SCALE=query_scale is not None,
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _prompt_attention[(heads, len(tiles))](
+        q, k, v, out, cos, sin, query_scale, query_starts, context_starts, tiles, before, q.stride(0), k.stride(0),
+        v.stride(0), scale * 1.4426950408889634, HEADS=heads, GROUP=heads // k.shape[1], DIM=head_dim,
+        TURNS=turn is not None, HAS_SCALE=query_scale is not None, HAS_BEFORE=before is not None,
         M=config["m"], N=config["n"], STAGES=config["stages"], num_warps=config["warps"], **options(q),
     )  # fmt: skip
     return out
@@ -96,19 +113,25 @@ def _turned(
     return tl.permute(tl.join(turned_a, turned_b), (0, 2, 1)).reshape([row.shape[0], DIM])
 
 
-@triton.jit(do_not_specialize_on_alignment=["query_scale_ptr", "query_starts_ptr", "context_starts_ptr"])
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "query_scale_ptr", "query_starts_ptr", "context_starts_ptr", "tiles_ptr", "before_ptr",
+    ]
+)  # fmt: skip
 def _prompt_attention(
-    q_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, query_scale_ptr, query_starts_ptr, context_starts_ptr,
-    q_stride, k_stride, v_stride, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, cos_ptr, sin_ptr, query_scale_ptr, query_starts_ptr, context_starts_ptr, tiles_ptr,
+    before_ptr, q_stride, k_stride, v_stride, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, TURNS: tl.constexpr, HAS_SCALE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    HAS_BEFORE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_after_previous(OVERLAP)
-    head, prompt = tl.program_id(0), tl.program_id(2)
+    head = tl.program_id(0)
+    prompt, first = tl.load(tiles_ptr + 2 * tl.program_id(1)), tl.load(tiles_ptr + 2 * tl.program_id(1) + 1)
     begin, keys_begin = tl.load(query_starts_ptr + prompt), tl.load(context_starts_ptr + prompt)
     queries = tl.load(query_starts_ptr + prompt + 1) - begin
     context = tl.load(context_starts_ptr + prompt + 1) - keys_begin
-    first = (tl.num_programs(1) - 1 - tl.program_id(1)) * M
+    if HAS_BEFORE:
+        begin += tl.load(before_ptr)
     if first < queries:
         row = first + tl.arange(0, M)
         d = tl.arange(0, DIM)

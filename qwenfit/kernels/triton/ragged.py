@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
+from typing import TypeGuard
 
 import torch
 import triton
@@ -19,7 +20,7 @@ from qwenfit.kernels.rotary import rotate
 from qwenfit.kernels.triton.decode_attention import NewTokens, Parts, contexts_in_parts, decode_step_attention
 from qwenfit.kernels.triton.launch import options, start_after_previous
 from qwenfit.kernels.triton.paged import scale_for
-from qwenfit.kernels.triton.prompt_attention import Turn, prompt_attention, prompt_attention_reference
+from qwenfit.kernels.triton.prompt_attention import Turn, prompt_attention, prompt_attention_reference, tiles_of
 from qwenfit.kernels.triton.tuning import in_force, key, measured
 
 _HEADS = 8  # of a program
@@ -29,7 +30,8 @@ _HEADS = 8  # of a program
 class RaggedPlan:
     """What the attention of every layer must know of a step, on the device."""
 
-    singles: int  # so many sequences at the start bring one token each; those after them are the prompts
+    singles: int  # at most so many sequences at the start bring one token each; those after them are the prompts
+    before: torch.Tensor  # int32 [1]: how many they are
     single_contexts: torch.Tensor  # int64 [singles]
     single_parts: Parts | None  # None: there are none
     block_tables: torch.Tensor  # int32 [sequences, max_blocks]
@@ -38,6 +40,8 @@ class RaggedPlan:
     query_starts: torch.Tensor  # int32 [prompts + 1]: rows of the step, counted from the first prompt's
     context_starts: torch.Tensor  # int32 [prompts + 1]: rows of the contexts laid end to end
     context_slots: torch.Tensor | None  # int64 [sum of contexts]; None: every prompt is whole, nothing is read back
+    config: dict[str, int] | None  # of our own attention, or of cuDNN's; None: torch's
+    tiles: torch.Tensor | None  # int32 [programs, 2] as `prompt_attention` takes them, for our own
     padded: bool = False  # the one prompt may be shorter than query_lens says; query_starts holds its length
 
 
@@ -46,9 +50,13 @@ def ragged_plan(step: RaggedStep, heads: int, cache: LayerCache) -> RaggedPlan:
     device, size = step.slots.device, step.block_size
     singles = next((i for i, n in enumerate(step.query_lens) if n > 1), len(step.query_lens))
     queries, contexts = step.query_lens[singles:], step.context_lens[singles:]
-    numbers = [*accumulate(queries, initial=0), *accumulate(contexts, initial=0)]
-    starts = _on_device(torch.tensor(numbers, dtype=torch.int32), device)
-    query_starts, context_starts = starts[: len(queries) + 1], starts[len(queries) + 1 :]
+    config = prompt_config(heads, cache, step.dtype, queries) if queries else None
+    tiles = tiles_of(queries, contexts, config["m"]) if is_own(config) else []
+    flat = chain.from_iterable(tiles)
+    numbers = [*accumulate(queries, initial=0), *accumulate(contexts, initial=0), singles, *flat]
+    on_device = _on_device(torch.tensor(numbers, dtype=torch.int32), device)
+    sizes = [len(queries) + 1, len(queries) + 1, 1, 2 * len(tiles)]
+    query_starts, context_starts, before, tile_table = torch.split(on_device, sizes)
     slots = None
     if queries != contexts:
         lengths, total = context_starts.diff(), sum(contexts)
@@ -58,14 +66,31 @@ def ragged_plan(step: RaggedStep, heads: int, cache: LayerCache) -> RaggedPlan:
     single_contexts = _on_device(torch.tensor(step.context_lens[:singles], dtype=torch.int64), device)
     parts = contexts_in_parts(single_contexts, heads, cache) if singles else None
     return RaggedPlan(
-        singles, single_contexts, parts, step.block_tables, queries, contexts, query_starts, context_starts, slots
-    )
+        singles, before, single_contexts, parts, step.block_tables, queries, contexts, query_starts, context_starts,
+        slots, config, tile_table.view(-1, 2) if tiles else None,
+    )  # fmt: skip
 
 
 def _on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cpu" or tensor.numel() == 0:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def prompt_config(heads: int, cache: LayerCache, dtype: torch.dtype, query_lens: list[int]) -> dict[str, int] | None:
+    """What was measured as the fastest for prompts as long on this card: our own kernel's config, or cuDNN.
+
+    None: nothing was measured.
+    """
+    if not cache.key.is_cuda or dtype == torch.float32:
+        return None
+    kv_heads, head_dim = cache.key.shape[2:]
+    return measured("prompt_attention", (head_dim, heads // kv_heads, max(query_lens)))
+
+
+def is_own(config: dict[str, int] | None) -> TypeGuard[dict[str, int]]:
+    """Whether a config is one of `prompt_attention`."""
+    return config is not None and "cudnn" not in config
 
 
 def ragged_attention_reference(
@@ -93,50 +118,41 @@ def ragged_attention(
     """`ragged_attention_reference` for a contiguous qkv, whose heads it overwrites."""
     tokens, kv_heads, singles = len(qkv), cache.key.shape[2], plan.singles
     heads = qkv.shape[1] - 2 * kv_heads
-    if singles == tokens:
-        return _singles(qkv, new, cache, plan, scale)
-    config = _fastest(qkv, heads // kv_heads, plan)
-    own = config is not None and "cudnn" not in config
-    turns = own and new.head_norms is None  # the attention rotates queries as it reads them
-    rotate_in_place(qkv, new, cache, singles, queries=not turns)
-    prompts = qkv[singles:]
-    q, k, v = prompts[:, :heads], prompts[:, heads:-kv_heads], prompts[:, -kv_heads:]
+    out = torch.empty(tokens, heads, qkv.shape[2], dtype=qkv.dtype, device=qkv.device)
+    if not plan.query_lens:
+        return _singles(qkv, new, cache, plan, scale, out.flatten(1))
+    turns = is_own(plan.config) and new.head_norms is None  # the attention rotates queries as it reads them
+    rotate_in_place(qkv, new, cache, plan.before, queries=not turns)
+    q, k, v = qkv[:, :heads], qkv[singles:, heads:-kv_heads], qkv[singles:, -kv_heads:]
     if plan.context_slots is not None:
         k, v = gather_context(cache, plan.context_slots, qkv.dtype)
-    if config is None or not own:
-        out = _attend_prompts(q, k, v, plan, scale, by_cudnn=config is not None)
+    if singles:  # before the prompts, whose rows they may begin with where a step is recorded
+        _singles(qkv[:singles], new, cache, plan, scale, out[:singles].flatten(1))
+    if is_own(plan.config) and plan.tiles is not None:
+        turn = Turn(new.cos, new.sin, new.query_scale) if turns else None
+        starts = plan.query_starts, plan.context_starts
+        prompt_attention(q, k, v, *starts, plan.tiles, scale, plan.config, turn, plan.before, out)
     else:
-        query_scale = None if new.query_scale is None else new.query_scale[singles:]
-        turn = Turn(new.cos[singles:], new.sin[singles:], query_scale) if turns else None
-        longest = max(plan.query_lens)
-        out = prompt_attention(q, k, v, plan.query_starts, plan.context_starts, longest, scale, config, turn)
-    out = out.flatten(1)
-    return out if singles == 0 else torch.cat((_singles(qkv[:singles], new, cache, plan, scale), out))
+        out[singles:] = _attend_prompts(q[singles:], k, v, plan, scale)
+    return out.flatten(1)
 
 
-def _singles(qkv: torch.Tensor, new: NewTokens, cache: LayerCache, plan: RaggedPlan, scale: float) -> torch.Tensor:
+def _singles(
+    qkv: torch.Tensor, new: NewTokens, cache: LayerCache, plan: RaggedPlan, scale: float, out: torch.Tensor
+) -> torch.Tensor:
     count = plan.singles
     query_scale = None if new.query_scale is None else new.query_scale[:count]
     new = replace(new, cos=new.cos[:count], sin=new.sin[:count], query_scale=query_scale, slots=new.slots[:count])
     contexts, tables = plan.single_contexts, plan.block_tables
-    return decode_step_attention(qkv, new, cache, tables, contexts, scale, parts=plan.single_parts)
+    return decode_step_attention(qkv, new, cache, tables, contexts, scale, out, parts=plan.single_parts)
 
 
-def _fastest(qkv: torch.Tensor, group: int, plan: RaggedPlan) -> dict[str, int] | None:
-    """What was measured as the fastest for such a length on this card: our own kernel's config, or cuDNN."""
-    if not qkv.is_cuda or qkv.dtype == torch.float32:
-        return None
-    return measured("prompt_attention", (qkv.shape[2], group, max(plan.query_lens)))
-
-
-def _attend_prompts(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: RaggedPlan, scale: float, by_cudnn: bool
-) -> torch.Tensor:
+def _attend_prompts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: RaggedPlan, scale: float) -> torch.Tensor:
     """`prompt_attention_reference`, by torch or cuDNN."""
     if not q.is_cuda or q.dtype == torch.float32:  # which flash attention does not take
         return prompt_attention_reference(q, k, v, plan.query_lens, plan.context_lens, scale)  # causal: padding is last
     whole = len(plan.query_lens) == 1 and plan.context_slots is None and not plan.padded
-    return (cudnn if by_cudnn and whole else flash)(q, k, v, plan, scale)
+    return (cudnn if plan.config is not None and whole else flash)(q, k, v, plan, scale)
 
 
 def compile_prompt_attention(qkv: torch.Tensor, kv_heads: int, turn: Turn | None) -> None:
@@ -145,12 +161,13 @@ def compile_prompt_attention(qkv: torch.Tensor, kv_heads: int, turn: Turn | None
     qkv [tokens, heads + 2 kv_heads, head_dim] is a prompt of any content; `turn` as the model has it.
     """
     heads, head_dim = qkv.shape[1] - 2 * kv_heads, qkv.shape[2]
-    starts = torch.tensor([0, len(qkv)], dtype=torch.int32, device=qkv.device)
+    starts = torch.tensor([0, len(qkv), 0, 0], dtype=torch.int32, device=qkv.device)
+    tiles, before = starts[2:].view(1, 2), starts[2:3]
     q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
     wanted = key("prompt_attention", (head_dim, heads // kv_heads, 1)).removesuffix("1")
     for config in {str(config): config for name, config in in_force().items() if name.startswith(wanted)}.values():
         if "cudnn" not in config:
-            prompt_attention(q, k, v, starts, starts, len(qkv), 1.0, config, turn)
+            prompt_attention(q, k, v, starts[:2], starts[:2], tiles, 1.0, config, turn, before)
 
 
 def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: RaggedPlan, scale: float) -> torch.Tensor:
@@ -171,29 +188,32 @@ def cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: RaggedPlan, s
     return out[0].transpose(0, 1)
 
 
-def rotate_in_place(qkv: torch.Tensor, new: NewTokens, cache: LayerCache, first: int, queries: bool = True) -> None:
-    """From row `first` on, make projected heads what attention takes, and write keys and values to the cache.
+def rotate_in_place(
+    qkv: torch.Tensor, new: NewTokens, cache: LayerCache, before: torch.Tensor, queries: bool = True
+) -> None:
+    """Make projected heads what attention takes, and write keys and values to the cache.
 
-    Those of rows with slot -1 are not written. qkv [T, heads + 2 kv_heads, head_dim] is contiguous; head_dim is a
-    power of two. Keys and values become what the cache will give back; without `queries` these stay as they are.
+    All but those of the first rows, whose number is in `before`, int32 [1]; those of rows with slot -1 are not written.
+    qkv [T, heads + 2 kv_heads, head_dim] is contiguous; head_dim is a power of two. Keys and values become what the
+    cache will give back; without `queries` these stay as they are.
     """
     tokens, all_heads, head_dim = qkv.shape
     kv_heads = cache.key.shape[2]
     first_head = 0 if queries else all_heads - 2 * kv_heads
     q_norm, k_norm = new.head_norms or (None, None)
-    _rotate_in_place[(tokens - first, triton.cdiv(all_heads - first_head, _HEADS))](
+    _rotate_in_place[(tokens, triton.cdiv(all_heads - first_head, _HEADS))](
         qkv, new.cos, new.sin, new.query_scale, q_norm, k_norm, new.key_centre, new.slots,
-        cache.key, cache.value, cache.key_affine, cache.value_affine, first, new.eps,
+        cache.key, cache.value, cache.key_affine, cache.value_affine, before, new.eps,
         HEADS=all_heads - 2 * kv_heads, KV_HEADS=kv_heads, FIRST_HEAD=first_head, HALF=head_dim // 2,
         PER_PROGRAM=_HEADS, HAS_SCALE=new.query_scale is not None, HAS_NORM=new.head_norms is not None,
         HAS_CENTRE=new.key_centre is not None, QUANTIZED=cache.key_affine is not None, num_warps=4, **options(qkv),
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize_on_alignment=["before_ptr"])
 def _rotate_in_place(
     qkv_ptr, cos_ptr, sin_ptr, query_scale_ptr, q_norm_ptr, k_norm_ptr, centre_ptr, slots_ptr,
-    key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, first, eps,
+    key_ptr, value_ptr, key_affine_ptr, value_affine_ptr, before_ptr, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, FIRST_HEAD: tl.constexpr, HALF: tl.constexpr,
     PER_PROGRAM: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_CENTRE: tl.constexpr,
     QUANTIZED: tl.constexpr, OVERLAP: tl.constexpr,
@@ -201,12 +221,13 @@ def _rotate_in_place(
     # A thread holds both partners of a rotation, so that it may overwrite them without waiting for another.
     start_after_previous(OVERLAP)
     DIM: tl.constexpr = 2 * HALF
-    token = (tl.program_id(0) + first).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)
     head = FIRST_HEAD + tl.program_id(1) * PER_PROGRAM + tl.arange(0, PER_PROGRAM)[:, None]
     d = tl.arange(0, HALF)[None, :]
     dtype = qkv_ptr.dtype.element_ty
-    inside = head < HEADS + 2 * KV_HEADS
-    rotated = head < HEADS + KV_HEADS
+    before = tl.load(before_ptr + tl.zeros([1, 1], tl.int32))
+    inside = (head < HEADS + 2 * KV_HEADS) & (token >= before)
+    rotated = inside & (head < HEADS + KV_HEADS)
     is_query, is_key, is_value = head < HEADS, (head >= HEADS) & rotated, inside & (head >= HEADS + KV_HEADS)
     at = qkv_ptr + (token * (HEADS + 2 * KV_HEADS) + head) * DIM + d
     a = tl.load(at, mask=inside, other=0.0).to(tl.float32)
@@ -272,7 +293,7 @@ def gather_context_reference(
 
 
 def gather_context(cache: LayerCache, slots: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """`gather_context_reference` in one kernel; head_dim is a power of two."""
+    """`gather_context_reference` in one kernel; head_dim is a power of two. A slot of -1 leaves its row as it is."""
     kv_heads, head_dim = cache.key.shape[2:]
     keys = torch.empty(len(slots), kv_heads, head_dim, dtype=dtype, device=slots.device)
     values = torch.empty_like(keys)
@@ -293,8 +314,9 @@ def _gather_context(
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * PER_PROGRAM + tl.arange(0, PER_PROGRAM)[:, None]
     d = tl.arange(0, DIM)[None, :]
-    here, some = (head < KV_HEADS) & (d < DIM), head < KV_HEADS
-    vector = tl.load(slots_ptr + token).to(tl.int64) * KV_HEADS + head
+    slot = tl.load(slots_ptr + token + tl.zeros([1, 1], tl.int32)).to(tl.int64)
+    some = (head < KV_HEADS) & (slot >= 0)
+    here, vector = some & (d < DIM), slot * KV_HEADS + head
     k = tl.load(key_ptr + vector * DIM + d, mask=here, other=0)
     v = tl.load(value_ptr + vector * DIM + d, mask=here, other=0)
     if QUANTIZED:
