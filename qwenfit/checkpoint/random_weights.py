@@ -69,8 +69,7 @@ class RandomWeights:
         first = self._packed[key]
         codes = torch.empty_like(first.codes)
         _tile(self._bytes, self._offset(parameter), codes.view(-1).view(torch.uint8))
-        zeros = None if first.zeros is None else first.zeros.clone()
-        return replace(first, codes=codes, scales=first.scales.clone(), zeros=zeros)
+        return replace(first, codes=codes, scales=first.scales.clone())
 
     def _integers(self, parameter: Parameter, bits: int, group_size: int) -> QuantizedWeight:
         out_features, in_features = parameter.shape

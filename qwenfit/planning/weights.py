@@ -124,7 +124,7 @@ def _packed_linear(shape: LinearShape, bits: int, stack: str, on_cpu: bool, stor
     size = GROUP_SIZE if stored is None else stored.group_size
     groups = 1 if size == -1 else math.ceil(shape.in_features / size)
     total = shape.in_features * shape.out_features * bits // 8
-    scale, zero = (4.0, 4.0) if on_cpu and stack == "qwenfit" else (2.0, 1.0 if stack == "qwenfit" else bits / 8)
+    scale, zero = (4.0, 4.0) if on_cpu and stack == "qwenfit" else (2.0, 2.0 if stack == "qwenfit" else bits / 8)
     total += int(groups * shape.out_features * (scale + (0 if stored is None or stored.sym else zero)))
     if stored is not None and stored.desc_act and groups > 1:
         total += 8 * shape.in_features  # qwenfit: a permutation in int64; vLLM: g_idx and its order in int32

@@ -7,7 +7,13 @@ from tests.kernels.triton_cases import DEVICE, error, poisoned, random
 
 pytest.importorskip("triton")
 from qwenfit.bench.gpu_kernels import SHAPES, int_configs, once_each
-from qwenfit.kernels.triton.int_matvec import int_matvec, int_matvec_reference, pack_blocked, unpack_blocked
+from qwenfit.kernels.triton.int_matvec import (
+    BlockedWeight,
+    int_matvec,
+    int_matvec_reference,
+    pack_blocked,
+    unpack_blocked,
+)
 from qwenfit.kernels.triton.layout import pack_codes, unpack_codes
 from qwenfit.quantize.types import QuantizedWeight
 
@@ -23,10 +29,19 @@ def quantized(bits: int, out: int, inputs: int, group: int, zeros: str = "middle
         points = torch.full((out, groups), float(2 ** (bits - 1)))
     else:
         points = torch.rand(out, groups, generator=generator) * (2**bits - 1)
-        if zeros == "whole":
+        if zeros in ("whole", "narrow"):
             points = points.round()
     order = torch.randperm(inputs, generator=generator) if perm else None
     return QuantizedWeight(bits, group, q, scales, points, order)
+
+
+def packed_for(zeros: str, weight: QuantizedWeight) -> BlockedWeight:
+    """Laid out beside float32, or beside 16 bits, where "narrow" zeros and their scales have as many."""
+    packed = pack_blocked(weight, torch.bfloat16 if zeros == "narrow" else torch.float32, DEVICE)
+    assert packed is not None
+    kinds = {"middle": torch.float32, "narrow": torch.int32, "whole": torch.int64, "fractions": torch.int64}
+    assert packed.scales.dtype == kinds[zeros]
+    return packed
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -46,7 +61,9 @@ def test_packing_keeps_the_weight(bits: int, zeros: str) -> None:
     assert packed is not None
     assert torch.equal(unpack_blocked(packed).dequantize().cpu(), weight.dequantize())
     narrow = pack_blocked(weight, torch.bfloat16, DEVICE)
-    assert narrow is not None and narrow.scales.dtype == torch.float16
+    assert narrow is not None
+    kinds = {"middle": torch.float16, "whole": torch.int32, "fractions": torch.int64}
+    assert narrow.scales.dtype == kinds[zeros] and narrow.has_zeros == (zeros != "middle")
     assert error(unpack_blocked(narrow).dequantize().cpu(), weight.dequantize()) < 2**-11
 
 
@@ -67,11 +84,11 @@ def test_a_scale_that_float16_would_lose_stays_float32() -> None:
         (6, 192, 64, "middle", True),
         (3, 200, 1024, "whole", False),  # one group to a row, padded to whole blocks
         (5, 640, 128, "middle", False),  # the last tile of a row is not full
+        (9, 384, 128, "narrow", False),
     ],
 )
 def test_a_row_times_an_integer_weight(bits: int, out: int, inputs: int, group: int, zeros: str, perm: bool) -> None:
-    packed = pack_blocked(quantized(bits, out, inputs, group, zeros, perm), torch.float32, DEVICE)
-    assert packed is not None
+    packed = packed_for(zeros, quantized(bits, out, inputs, group, zeros, perm))
     x, bias, residual = random(1, inputs), random(out), random(1, out, seed=1)
     y = int_matvec(x, packed, bias, residual, out=poisoned(1, out), config=SMALL)
     assert error(y, int_matvec_reference(x, packed, bias, residual)) < 3e-4
@@ -96,12 +113,12 @@ def test_a_program_takes_several_tiles(bits: int, words: int, early: int) -> Non
         (8, 320, 64, "whole", True),  # 40 words: the last chunk is half there
         (5, 96, 32, "fractions", False),
         (3, 200, 1024, "whole", False),  # a padded row
+        (8, 320, 64, "narrow", True),
     ],
 )
 @pytest.mark.parametrize("bits", [4, 8])
 def test_x_is_held_in_chunks(bits: int, out: int, inputs: int, group: int, zeros: str, perm: bool) -> None:
-    packed = pack_blocked(quantized(bits, out, inputs, group, zeros, perm), torch.float32, DEVICE)
-    assert packed is not None
+    packed = packed_for(zeros, quantized(bits, out, inputs, group, zeros, perm))
     x, bias, residual, norm = random(1, inputs), random(out), random(1, out, seed=1), random(inputs) + 3
     config = SMALL | {"words": 16, "hold": 1}
     y = int_matvec(x, packed, bias, residual, norm, out=poisoned(1, out), config=config)

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.kernels.test_triton_int_matvec import quantized
-from tests.kernels.triton_cases import DEVICE, error, poisoned, random
+from tests.kernels.test_triton_int_matvec import packed_for, quantized
+from tests.kernels.triton_cases import error, poisoned, random
 
 pytest.importorskip("triton")
 from qwenfit.kernels.triton import tuning
@@ -17,7 +17,7 @@ from qwenfit.kernels.triton.fused_norm import add_norm, add_norm_reference
 from qwenfit.kernels.triton.gate import silu_mul, silu_mul_reference
 from qwenfit.kernels.triton.int_lanes import int_lanes
 from qwenfit.kernels.triton.int_matmul import int_matmul, int_matmul_reference
-from qwenfit.kernels.triton.int_matvec import BlockedWeight, int_matvec_reference, pack_blocked
+from qwenfit.kernels.triton.int_matvec import BlockedWeight, int_matvec_reference
 from qwenfit.kernels.triton.product import mlp, product
 
 SMALL = {"m": 16, "rows": 16, "warps": 4}
@@ -29,6 +29,8 @@ CASES = [
     (4, 17, 700, 1024, "whole"),
     (8, 16, 96, 32, "fractions"),
     (4, 40, 640, 128, "whole"),
+    (4, 24, 384, 128, "narrow"),
+    (8, 12, 192, 64, "narrow"),
 ]
 
 
@@ -47,9 +49,7 @@ def packed_weight(bits: int, out: int, inputs: int, group: int, zeros: str, perm
     made = quantized(bits, out, inputs, group, zeros)
     if permuted:
         made.perm = torch.randperm(inputs, generator=torch.Generator().manual_seed(1))
-    packed = pack_blocked(made, torch.float32, DEVICE)
-    assert packed is not None
-    return packed
+    return packed_for(zeros, made)
 
 
 @pytest.mark.parametrize(("bits", "out", "inputs", "group", "zeros"), [*CASES, (4, 6, 96, 32, "fractions")])
@@ -164,6 +164,7 @@ def test_gate() -> None:
         (20, 700, 1024, "whole", 3, False, {"tiles": 2, "warps": 1, "ahead": 1}),
         (36, 192, 64, "fractions", 5, True, {"tiles": 2, "warps": 2, "ahead": 2}),
         (70, 256, 64, "middle", 7, True, {"tiles": 4, "warps": 1, "ahead": 3}),
+        (20, 512, 128, "narrow", 6, False, {"tiles": 2, "warps": 2, "ahead": 1}),
     ],
     ids=str,
 )
@@ -191,8 +192,9 @@ def test_a_gate_may_have_a_residual_and_another_type(rows: int) -> None:
     assert error(wide, bf16_matvec_reference(x.float(), weight, gated=True)) < 2e-2
 
 
-def test_many_rows_of_bfloat16() -> None:
+@pytest.mark.parametrize("zeros", ["fractions", "narrow"])
+def test_many_rows_of_bfloat16(zeros: str) -> None:
     """Which are multiplied as floats."""
-    packed = packed_weight(4, 24, 256, 128, "fractions")
+    packed = packed_weight(4, 24, 256, 128, zeros)
     x = random(70, 256, dtype=torch.bfloat16)
     assert error(product(x, packed, dtype=None), int_matvec_reference(x, packed)) < 6e-3

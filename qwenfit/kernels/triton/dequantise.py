@@ -8,6 +8,7 @@ import triton.language as tl
 
 from qwenfit.kernels.triton.int_matvec import ONE, BlockedWeight, code_as_float, code_unit, unpack_blocked
 from qwenfit.kernels.triton.launch import options, start_after_previous
+from qwenfit.kernels.triton.layout import scale_in, zero_in
 
 
 def dequantised_reference(weight: BlockedWeight, dtype: torch.dtype) -> torch.Tensor:
@@ -23,23 +24,22 @@ def dequantised(weight: BlockedWeight, dtype: torch.dtype, out: torch.Tensor | N
         out = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.codes.device)
     rows, words = 8, 128
     _dequantise[(triton.cdiv(weight.out_features, rows), triton.cdiv(weight.codes.shape[1], words))](
-        weight.codes, weight.scales, weight.zeros, out, weight.out_features, ONE,
+        weight.codes, weight.scales, out, weight.out_features, ONE,
         IN=weight.in_features, BITS=weight.bits, BLOCK=weight.block,
         GROUP_WORDS=weight.group_size * weight.bits // 32, GROUPS=weight.scales.shape[1],
-        WORDS=weight.codes.shape[1], HAS_ZEROS=weight.zeros is not None, TILE_OUT=rows, TILE_WORDS=words,
+        WORDS=weight.codes.shape[1], HAS_ZEROS=weight.has_zeros, TILE_OUT=rows, TILE_WORDS=words,
         **options(out),
     )  # fmt: skip
     return out
 
 
 @triton.jit
-def _slope_and_offset(
-    scale_ptr, zero_ptr, group, mask, n: tl.constexpr, BITS: tl.constexpr, HAS_ZEROS: tl.constexpr
-):  # fmt: skip
+def _slope_and_offset(scale_ptr, group, mask, n: tl.constexpr, BITS: tl.constexpr, HAS_ZEROS: tl.constexpr):
     """a and b with scale * (q - zero) = a * (1 + q / 2^n) + b."""
-    scale = tl.load(scale_ptr + group, mask=mask, other=0.0).to(tl.float32)
+    stored = tl.load(scale_ptr + group, mask=mask, other=0)
+    scale = scale_in(stored)
     if HAS_ZEROS:
-        zero = tl.load(zero_ptr + group, mask=mask, other=0).to(tl.float32)
+        zero = zero_in(stored)
     else:
         zero = 2.0 ** (BITS - 1)
     return scale * 2.0**n, -scale * (2.0**n + zero)
@@ -47,7 +47,7 @@ def _slope_and_offset(
 
 @triton.jit
 def _dequantise(
-    w_ptr, scale_ptr, zero_ptr, out_ptr, rows, one,
+    w_ptr, scale_ptr, out_ptr, rows, one,
     IN: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP_WORDS: tl.constexpr, GROUPS: tl.constexpr,
     WORDS: tl.constexpr, HAS_ZEROS: tl.constexpr, TILE_OUT: tl.constexpr, TILE_WORDS: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -61,7 +61,7 @@ def _dequantise(
     column = at // BLOCK_WORDS * BLOCK + at % BLOCK_WORDS
     group = row * GROUPS + at // GROUP_WORDS
     for j in tl.static_range(32 // BITS):
-        a, b = _slope_and_offset(scale_ptr, zero_ptr, group, here, code_unit(j, BITS), BITS, HAS_ZEROS)
+        a, b = _slope_and_offset(scale_ptr, group, here, code_unit(j, BITS), BITS, HAS_ZEROS)
         w = code_as_float(words, one, j, BITS) * a + b
         i = column + j * BLOCK_WORDS
         tl.store(out_ptr + row.to(tl.int64) * IN + i, w.to(out_ptr.dtype.element_ty), mask=here & (i < IN))

@@ -21,6 +21,7 @@ import triton.language as tl
 from qwenfit.kernels.triton.arrange import Arranged
 from qwenfit.kernels.triton.int_matvec import BlockedWeight
 from qwenfit.kernels.triton.launch import INTERPRETED, after_loads, options, prefetch_line, start_after_previous
+from qwenfit.kernels.triton.layout import scale_in, zero_in
 from qwenfit.kernels.triton.tuning import tuned
 
 MAX_ROWS = 8
@@ -58,10 +59,10 @@ def int_lanes(
     config = config or tuned("int_lanes", (int(gated), weight.in_features, weight.out_features, rows))
     tiles, warps, blocks = config["tiles"], config["warps"], x.units.shape[1]
     _int_lanes[(triton.cdiv(weight.out_features, 16 * tiles),)](
-        x.values.view(torch.int32), weight.codes, weight.scales, weight.zeros, x.units, bias, residual, out,
+        x.values.view(torch.int32), weight.codes, weight.scales, x.units, bias, residual, out,
         rows, outputs, triton.cdiv(blocks, warps * CHUNK), 0,
         BLOCKS=blocks, BYTES=weight.block // 2, GROUPS=weight.scales.shape[1],
-        GROUP_BLOCKS=max(1, weight.group_size // weight.block), HAS_ZEROS=weight.zeros is not None,
+        GROUP_BLOCKS=max(1, weight.group_size // weight.block),
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, GATED=gated, TILES=tiles, WARPS=warps,
         CHUNK=CHUNK, AHEAD=config["ahead"], INTERPRETED=INTERPRETED, num_warps=warps, **options(out),
     )  # fmt: skip
@@ -176,12 +177,24 @@ def _weight_block(word_at, block, BYTES: tl.constexpr, INTERPRETED: tl.constexpr
 
 @triton.jit
 def _scales(at, block, BLOCKS: tl.constexpr, GROUP_BLOCKS: tl.constexpr):
-    """float32 scales, or zeros, of each row of a lane in `block`; 0 where there is no such block."""
+    """The float32 scale of each row of a lane in `block`, or the word with its zero; 0 where there is no such block."""
     taken = ()
     for i in tl.static_range(len(at)):
-        value = tl.load(at[i] + block // GROUP_BLOCKS, mask=block < BLOCKS, other=0)
-        taken = taken + (value.to(tl.float32),)  # noqa: RUF005
+        stored = tl.load(at[i] + block // GROUP_BLOCKS, mask=block < BLOCKS, other=0)
+        taken = taken + (stored if stored.dtype.is_int() else stored.to(tl.float32),)  # noqa: RUF005
     return taken
+
+
+@triton.jit
+def _scale_and_zero(stored, lane, t: tl.constexpr, INTERPRETED: tl.constexpr):
+    """float32 scale and zero that the lane `t` of each four holds in `_scales`."""
+    if stored.dtype == tl.float32:
+        return _of_lane(stored, lane, t, INTERPRETED), 8.0
+    elif stored.dtype == tl.int32 and not INTERPRETED:  # which exchanges floats, not bits
+        word = _of_lane(stored.to(tl.float32, bitcast=True), lane, t, INTERPRETED).to(tl.int32, bitcast=True)
+        return scale_in(word), zero_in(word)
+    else:
+        return _of_lane(scale_in(stored), lane, t, INTERPRETED), _of_lane(zero_in(stored), lane, t, INTERPRETED)
 
 
 @triton.jit
@@ -218,9 +231,9 @@ def _add_block(total, upper, lower, scales, zeros, x, nought, INTERPRETED: tl.co
 
 @triton.jit(do_not_specialize=["rows", "chunks", "nought"])
 def _int_lanes(
-    x_ptr, w_ptr, scale_ptr, zero_ptr, unit_ptr, bias_ptr, residual_ptr, y_ptr, rows, outputs, chunks, nought,
+    x_ptr, w_ptr, scale_ptr, unit_ptr, bias_ptr, residual_ptr, y_ptr, rows, outputs, chunks, nought,
     BLOCKS: tl.constexpr, BYTES: tl.constexpr, GROUPS: tl.constexpr, GROUP_BLOCKS: tl.constexpr,
-    HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
     TILES: tl.constexpr, WARPS: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr,
     INTERPRETED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -229,13 +242,11 @@ def _int_lanes(
     output = tl.program_id(0) * OUTPUTS
     thread = tl.arange(0, 32 * WARPS)
     warp, lane = thread // 32, thread % 32
-    word_at, scale_at, zero_at = (), (), ()
+    word_at, scale_at = (), ()
     for half in tl.static_range(2 * TILES):  # of a tile: a lane has a row in each
         row = _row(output, lane // 4 + 8 * half, outputs, GATED).to(tl.int64)
         word_at = word_at + (w_ptr + row * (BLOCKS * BYTES // 4) + lane % 4 * (BYTES // 16),)  # noqa: RUF005
         scale_at = scale_at + (scale_ptr + row * GROUPS,)  # noqa: RUF005
-        if HAS_ZEROS:
-            zero_at = zero_at + (zero_ptr + row * GROUPS,)  # noqa: RUF005
     row = lane % 4 * 2
     unit_at = (unit_ptr + tl.minimum(row, rows - 1), unit_ptr + tl.minimum(row + 1, rows - 1))
     x_at = x_ptr + lane * (BYTES // 16)
@@ -245,7 +256,6 @@ def _int_lanes(
     first = warp * CHUNK
     weights = _weight_block(word_at, tl.minimum(first, BLOCKS - 1), BYTES, INTERPRETED)
     scales = _scales(scale_at, first + lane % 4, BLOCKS, GROUP_BLOCKS)
-    zeros = _scales(zero_at, first + lane % 4, BLOCKS, GROUP_BLOCKS)
     start_after_previous(OVERLAP)
     zero = tl.zeros([32 * WARPS], tl.float32)
     totals = ()
@@ -257,7 +267,7 @@ def _int_lanes(
         if chunk + AHEAD <= chunks:
             _prefetch(w_ptr, output, (chunk + AHEAD - 1) * WARPS + warp, lane, outputs, 16 * TILES,
                       BLOCKS, BYTES, CHUNK, GATED, INTERPRETED)  # fmt: skip
-        next_scales, next_zeros = scales, zeros
+        next_scales = scales
         for j in tl.static_range(CHUNK):
             next_x, next_weights, origin = x, weights, nought
             if chunk * CHUNK + j < chunks * CHUNK + CHUNK - 1:  # not after the last one; a branch, for `after_loads`
@@ -266,22 +276,17 @@ def _int_lanes(
                 next_weights = _weight_block(word_at, block, BYTES, INTERPRETED)
                 if j == 0:
                     next_scales = _scales(scale_at, next_first + lane % 4, BLOCKS, GROUP_BLOCKS)
-                    next_zeros = _scales(zero_at, next_first + lane % 4, BLOCKS, GROUP_BLOCKS)
                 origin = after_loads(nought, INTERPRETED)
             following = ()
             for tile in tl.static_range(TILES):
-                scale = (_of_lane(scales[2 * tile], lane, j, INTERPRETED),
-                         _of_lane(scales[2 * tile + 1], lane, j, INTERPRETED))  # fmt: skip
-                middle = (8.0, 8.0)
-                if HAS_ZEROS:
-                    middle = (_of_lane(zeros[2 * tile], lane, j, INTERPRETED),
-                              _of_lane(zeros[2 * tile + 1], lane, j, INTERPRETED))  # fmt: skip
+                upper = _scale_and_zero(scales[2 * tile], lane, j, INTERPRETED)
+                lower = _scale_and_zero(scales[2 * tile + 1], lane, j, INTERPRETED)
                 following = following + (  # noqa: RUF005
-                    _add_block(totals[tile], weights[2 * tile], weights[2 * tile + 1], scale, middle, x,
-                               tl.zeros([32 * WARPS], tl.int32) + origin, INTERPRETED),
+                    _add_block(totals[tile], weights[2 * tile], weights[2 * tile + 1], (upper[0], lower[0]),
+                               (upper[1], lower[1]), x, tl.zeros([32 * WARPS], tl.int32) + origin, INTERPRETED),
                 )  # fmt: skip
             totals, weights, x = following, next_weights, next_x
-        first, scales, zeros = next_first, next_scales, next_zeros
+        first, scales = next_first, next_scales
     tiles = ()
     for tile in tl.static_range(TILES):
         a, b, c, d = totals[tile]

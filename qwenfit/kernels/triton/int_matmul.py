@@ -16,6 +16,7 @@ import triton.language as tl
 from qwenfit.kernels.triton.arrange import Arranged
 from qwenfit.kernels.triton.int_matvec import BlockedWeight, finish, unpack_blocked
 from qwenfit.kernels.triton.launch import INTERPRETED, options, prefetch_rows, start_after_previous
+from qwenfit.kernels.triton.layout import scale_in, zero_in
 from qwenfit.kernels.triton.parts import room_for_parts, sum_parts
 from qwenfit.kernels.triton.tuning import tuned
 
@@ -61,10 +62,10 @@ def int_matmul(
     blocks, tiles = x.units.shape[1], (triton.cdiv(rows, tile_m), triton.cdiv(weight.out_features, tile_out))
     parts, arrived = room_for_parts(splits, tiles[0] * tiles[1], tile_m * tile_out, out.device)
     _int_matmul[(*tiles, splits)](
-        x.values, weight.codes.view(torch.int8), weight.scales, weight.zeros, x.units, bias, residual, out, parts,
+        x.values, weight.codes.view(torch.int8), weight.scales, x.units, bias, residual, out, parts,
         arrived, rows, weight.out_features, blocks, weight.scales.shape[1], triton.cdiv(blocks, splits),
         BLOCK=weight.block, BITS=weight.bits, GROUP_BLOCKS=max(1, weight.group_size // weight.block),
-        HAS_ZEROS=weight.zeros is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+        HAS_ZEROS=weight.has_zeros, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         TILE_M=tile_m, TILE_OUT=tile_out, SPLITS=splits, UNROLL=config.get("unroll", 1), WARPS=config["warps"],
         INTEGERS=x.integers, INTERPRETED=INTERPRETED, num_warps=config["warps"], num_stages=stages,
         **options(x.units),
@@ -116,24 +117,32 @@ def _signed_codes(codes, INTERPRETED: tl.constexpr):
 
 
 @triton.constexpr_function
-def _half_at_float(high):
-    """The assembly of `_half_floats`: two bytes become two bfloat16 of 128 + code, from which 136 are taken."""
+def _half_at_float(high, zeros):
+    """The assembly of `_half_floats`: bytes become bfloat16 of 128 + code, from which 136, or 128 + zero, are taken."""
+    middle = "prmt.b32 middle, $3, 0xC3C3C3C3, 0x4140;" if zeros else "mov.b32 middle, 0xC308C308;"
     half = "shr.u32 t, $2, 4; and.b32 t, t, 0x0F0F0F0F;" if high else "and.b32 t, $2, 0x0F0F0F0F;"
     return (
-        "{ .reg .b32 t, a, b, one, middle; mov.b32 one, 0x3F803F80; mov.b32 middle, 0xC308C308; "
+        f"{{ .reg .b32 t, a, b, one, middle; mov.b32 one, 0x3F803F80; {middle} "
         f"{half} prmt.b32 a, t, 0x43434343, 0x4140; prmt.b32 b, t, 0x43434343, 0x4342; "
         "fma.rn.bf16x2 $0, a, one, middle; fma.rn.bf16x2 $1, b, one, middle; }"
     )
 
 
 @triton.jit
-def _half_floats(codes, dtype: tl.constexpr, HIGH: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The high or the low half of each byte - 8."""
+def _half_floats(
+    codes, zeros, dtype: tl.constexpr, HIGH: tl.constexpr, FOLDED: tl.constexpr, INTERPRETED: tl.constexpr
+):  # fmt: skip
+    """The high or the low half of each byte - 8, or, FOLDED, less the zero of its row, int8 [TILE_OUT, BYTES]."""
     if INTERPRETED or dtype != tl.bfloat16:
-        return (((codes >> 4 if HIGH else codes) & 15).to(tl.float32) - 8.0).to(dtype)
+        half = ((codes >> 4 if HIGH else codes) & 15).to(tl.float32)
+        return (half - (zeros.to(tl.float32) if FOLDED else 8.0)).to(dtype)
+    elif FOLDED:
+        return tl.inline_asm_elementwise(
+            _half_at_float(HIGH, True), "=r,=r,r,r", [codes, zeros], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
     else:
         return tl.inline_asm_elementwise(
-            _half_at_float(HIGH), "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
+            _half_at_float(HIGH, False), "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
         )
 
 
@@ -154,17 +163,25 @@ def _signed_floats(codes, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _less_middle(codes, dtype: tl.constexpr, BITS: tl.constexpr, INTEGERS: tl.constexpr, INTERPRETED: tl.constexpr):
+def _less_middle(
+    codes, scale, dtype: tl.constexpr, BITS: tl.constexpr, FOLDED: tl.constexpr, INTEGERS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
     """[TILE_OUT, BLOCK] of a block's bytes: its codes less their middle, as integers (of int4 16 times that) or floats.
 
-    Of int4 those of the bytes' low halves, then of the high ones: one product waits once.
+    FOLDED: less the zeros that are with the scales. Of int4 those of the bytes' low halves, then of the high ones: one
+    product waits once.
     """
     if BITS == 4:
         if INTEGERS:
             halves = tl.join(_low_codes(codes, INTERPRETED), _high_codes(codes, INTERPRETED))
         else:
+            zeros = codes
+            if FOLDED:
+                zeros = tl.broadcast_to(zero_in(scale).to(tl.int8)[:, None], codes.shape)
             halves = tl.join(
-                _half_floats(codes, dtype, False, INTERPRETED), _half_floats(codes, dtype, True, INTERPRETED)
+                _half_floats(codes, zeros, dtype, False, FOLDED, INTERPRETED),
+                _half_floats(codes, zeros, dtype, True, FOLDED, INTERPRETED),
             )
         return tl.permute(halves, (0, 2, 1)).reshape([codes.shape[0], 2 * codes.shape[1]])
     elif INTEGERS:
@@ -175,24 +192,23 @@ def _less_middle(codes, dtype: tl.constexpr, BITS: tl.constexpr, INTEGERS: tl.co
 
 @triton.jit
 def _of_block(
-    scale_at, zero_at, unit_at, block, rows, blocks,
-    GROUP_BLOCKS: tl.constexpr, HAS_ZEROS: tl.constexpr, INTEGERS: tl.constexpr,
+    scale_at, unit_at, block, rows, blocks,
+    GROUP_BLOCKS: tl.constexpr, SUMS: tl.constexpr, INTEGERS: tl.constexpr,
 ):  # fmt: skip
-    """What a block's products are multiplied with: scales and zeros [TILE_OUT], units and sums [TILE_M]."""
+    """What a block's products are multiplied with: scales as stored [TILE_OUT], units and sums [TILE_M]."""
     block = tl.minimum(block, blocks - 1)
     scale = tl.load(scale_at + block // GROUP_BLOCKS)
-    zero, unit, total = scale, unit_at, unit_at
+    unit, total = unit_at, unit_at
     if INTEGERS:
         unit = tl.load(unit_at + block * rows)
-    if HAS_ZEROS:
-        zero = tl.load(zero_at + block // GROUP_BLOCKS)
+    if SUMS:
         total = tl.load(unit_at + (blocks + block) * rows)
-    return scale, zero, unit, total
+    return scale, unit, total
 
 
 @triton.jit(do_not_specialize=["rows", "blocks", "groups", "part"])
 def _int_matmul(
-    x_ptr, w_ptr, scale_ptr, zero_ptr, unit_ptr, bias_ptr, residual_ptr, y_ptr, part_ptr, arrived_ptr,
+    x_ptr, w_ptr, scale_ptr, unit_ptr, bias_ptr, residual_ptr, y_ptr, part_ptr, arrived_ptr,
     rows, outputs, blocks, groups, part,
     BLOCK: tl.constexpr, BITS: tl.constexpr, GROUP_BLOCKS: tl.constexpr, HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
@@ -202,6 +218,8 @@ def _int_matmul(
     BYTES: tl.constexpr = BLOCK * BITS // 8  # of a row in a block
     UNIT: tl.constexpr = 16 if INTEGERS and BITS == 4 else 1  # of the codes as they are multiplied
     MIDDLE: tl.constexpr = 2 ** (BITS - 1)  # what is taken from them, and the zero of a weight without zeros
+    FOLDED: tl.constexpr = HAS_ZEROS and BITS == 4 and not INTEGERS and scale_ptr.dtype.element_ty == tl.int32
+    SUMS: tl.constexpr = HAS_ZEROS and not FOLDED
     tile_m, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     out = tile * TILE_OUT + tl.arange(0, TILE_OUT)
     row = tl.minimum(out, outputs - 1).to(tl.int64)  # rows beyond the end repeat the last one, and are not stored
@@ -215,19 +233,15 @@ def _int_matmul(
     # Rows beyond the end begin anew: all programs at once at the last one would wait for one part of the cache.
     x_row = n // TILE_M * rows + (tile_m * TILE_M + n % TILE_M) % rows
     x_at = x_ptr + x_row[None, :].to(tl.int64) * (blocks * BLOCK) + tl.arange(0, BLOCK)[:, None]
-    scale_at, zero_at, unit_at = scale_ptr + row * groups, scale_ptr, unit_ptr + tl.minimum(m, rows - 1)
-    if HAS_ZEROS:
-        zero_at = zero_ptr + row * groups
-    scale, zero, unit, total = _of_block(
-        scale_at, zero_at, unit_at, first, rows, blocks, GROUP_BLOCKS, HAS_ZEROS, INTEGERS
-    )
+    scale_at, unit_at = scale_ptr + row * groups, unit_ptr + tl.minimum(m, rows - 1)
+    scale, unit, total = _of_block(scale_at, unit_at, first, rows, blocks, GROUP_BLOCKS, SUMS, INTEGERS)
     acc = tl.zeros([TILE_OUT, TILE_M], tl.float32)
     for block in tl.range(first, tl.minimum(first + part, blocks), loop_unroll_factor=UNROLL):
         codes = tl.load(w_at + block * BYTES, eviction_policy="evict_first")
-        next_scale, next_zero, next_unit, next_total = _of_block(
-            scale_at, zero_at, unit_at, block + 1, rows, blocks, GROUP_BLOCKS, HAS_ZEROS, INTEGERS
+        next_scale, next_unit, next_total = _of_block(
+            scale_at, unit_at, block + 1, rows, blocks, GROUP_BLOCKS, SUMS, INTEGERS
         )  # a block ahead, so that nothing waits for them
-        operand = _less_middle(codes, x_ptr.dtype.element_ty, BITS, INTEGERS, INTERPRETED)
+        operand = _less_middle(codes, scale, x_ptr.dtype.element_ty, BITS, FOLDED, INTEGERS, INTERPRETED)
         x = tl.load(x_at + block * BLOCK)
         if INTEGERS:
             both = tl.dot(operand, x, out_dtype=tl.int32)  # of high bytes and of low ones
@@ -237,10 +251,10 @@ def _int_matmul(
             if INTERPRETED:  # which has no product of bfloat16
                 operand, x = operand.to(tl.float32), x.to(tl.float32)
             dots = tl.dot(operand, x, input_precision="ieee")
-        if HAS_ZEROS:
-            dots -= ((zero.to(tl.float32) - MIDDLE) * UNIT)[:, None] * total[None, :]
-        acc += scale.to(tl.float32)[:, None] * dots
-        scale, zero, unit, total = next_scale, next_zero, next_unit, next_total
+        if SUMS:
+            dots -= ((zero_in(scale) - MIDDLE) * UNIT)[:, None] * total[None, :]
+        acc += scale_in(scale)[:, None] * dots
+        scale, unit, total = next_scale, next_unit, next_total
     acc *= 1.0 / UNIT
     last = True
     if SPLITS > 1:

@@ -21,7 +21,15 @@ import triton.language as tl
 
 from qwenfit.kernels.triton.integers import dot_high, dot_low, low_bytes, second_bytes
 from qwenfit.kernels.triton.launch import INTERPRETED, after_loads, options, start_after_previous
-from qwenfit.kernels.triton.layout import block_for, pack_codes, unpack_codes
+from qwenfit.kernels.triton.layout import (
+    block_for,
+    join_zeros,
+    pack_codes,
+    scale_in,
+    split_zeros,
+    unpack_codes,
+    zero_in,
+)
 from qwenfit.kernels.triton.tuning import tuned
 from qwenfit.quantize.types import QuantizedWeight
 
@@ -39,14 +47,17 @@ class BlockedWeight:
     out_features: int
     in_features: int
     codes: torch.Tensor  # int32 [out, words]
-    scales: torch.Tensor  # [out, groups]
-    zeros: torch.Tensor | None  # uint8 or float32 [out, groups]; None: the middle code throughout
+    scales: torch.Tensor  # [out, groups]: float16 or float32, or words of `join_zeros` that hold the zeros too
     perm: torch.Tensor | None = None  # int64 [in]: column i of the weight meets x[perm[i]]
 
     @property
     def nbytes(self) -> int:
-        tensors = (self.codes, self.scales, self.zeros, self.perm)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return sum(tensor.nbytes for tensor in (self.codes, self.scales, self.perm) if tensor is not None)
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether each group has a zero of its own; else it is the middle code throughout."""
+        return not self.scales.dtype.is_floating_point
 
 
 def pack_blocked(
@@ -63,12 +74,9 @@ def pack_blocked(
     narrow = scales.half().float()
     if dtype != torch.float32 and bool(((narrow - scales).abs() <= scales.abs() * 2**-11).all()):
         scales = scales.half()
-    zeros: torch.Tensor | None = quantized.zeros.to(device).float()
-    assert zeros is not None
-    if bool((zeros == 2 ** (quantized.bits - 1)).all()):
-        zeros = None
-    elif bool((zeros == zeros.round().clamp(0, 255)).all()):
-        zeros = zeros.to(torch.uint8)
+    zeros = quantized.zeros.to(device).float()
+    if bool((zeros != 2 ** (quantized.bits - 1)).any()):
+        scales = join_zeros(scales, zeros)
     group = quantized.group_size
     if group >= quantized.in_features:
         group = -(-quantized.in_features // block) * block
@@ -80,15 +88,17 @@ def pack_blocked(
         quantized.in_features,
         pack_codes(quantized.q.to(device), quantized.bits, block),
         scales.contiguous(),
-        zeros,
         None if quantized.perm is None else quantized.perm.to(device),
     )
 
 
 def unpack_blocked(weight: BlockedWeight) -> QuantizedWeight:
     """Codes, float32 scales and zeros again."""
-    scales = weight.scales.float()
-    zeros = torch.full_like(scales, 2 ** (weight.bits - 1)) if weight.zeros is None else weight.zeros.float()
+    if weight.has_zeros:
+        scales, zeros = split_zeros(weight.scales)
+    else:
+        scales = weight.scales.float()
+        zeros = torch.full_like(scales, 2 ** (weight.bits - 1))
     q = unpack_codes(weight.codes, weight.bits, weight.block, weight.in_features)
     return QuantizedWeight(weight.bits, weight.group_size, q, scales, zeros, weight.perm)
 
@@ -158,13 +168,13 @@ def int_matvec(
     tiles = triton.cdiv(weight.out_features, config["rows"])
     programs = min(tiles, config["programs"])
     arguments = (
-        x, weight.codes, weight.scales, weight.zeros, bias, residual, norm, weight.perm, out,
+        x, weight.codes, weight.scales, bias, residual, norm, weight.perm, out,
         rows, eps, outputs, tiles, programs, 0,
     )  # fmt: skip
     constants = dict(
         IN=weight.in_features, OUT=weight.out_features, BITS=weight.bits, BLOCK=weight.block,
         GROUP_WORDS=weight.group_size * weight.bits // 32, GROUPS=weight.scales.shape[1], WORDS=words,
-        HAS_ZEROS=weight.zeros is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+        HAS_ZEROS=weight.has_zeros, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         HAS_NORM=norm is not None, HAS_PERM=weight.perm is not None, GATED=gated, INTERPRETED=INTERPRETED,
         M=1 << (rows - 1).bit_length(), TILE_OUT=config["rows"], TILE_WORDS=tile_words,
         EARLY=bool(config.get("early", 1)), num_warps=config["warps"], **options(x),
@@ -364,11 +374,12 @@ def _dot_quads(words, high, low, origin, M: tl.constexpr, BITS: tl.constexpr, IN
 
 @triton.jit
 def _weight_tile(
-    w_ptr, scale_ptr, zero_ptr, tile, start, TILE_WORDS: tl.constexpr, FULL: tl.constexpr,
+    w_ptr, scale_ptr, tile, start, TILE_WORDS: tl.constexpr, FULL: tl.constexpr,
     OUT: tl.constexpr, TILE_OUT: tl.constexpr, WORDS: tl.constexpr, GROUP_WORDS: tl.constexpr, GROUPS: tl.constexpr,
-    HAS_ZEROS: tl.constexpr, GATED: tl.constexpr,
+    GATED: tl.constexpr,
 ):  # fmt: skip
-    """Words, scales and zeros of a tile, from word `start` on. Words that are not there are anything; FULL: all are.
+    """Words of a tile, and its scales as they are stored, from word `start` on. FULL: all words are there; else those
+    that are not are anything.
 
     A thread's place in the first row is added to the pointer before the rows are: these are constants, and come into
     the load instruction itself.
@@ -386,16 +397,12 @@ def _weight_tile(
     elif not FULL:
         mask, some = at < WORDS, first < WORDS
     words = tl.load(word_ptr, mask=mask, eviction_policy="evict_first")
-    scale = tl.load(scale_ptr + group + lane, mask=some)
-    zero = scale
-    if HAS_ZEROS:
-        zero = tl.load(zero_ptr + group + lane, mask=some)
-    return words, scale, zero
+    return words, tl.load(scale_ptr + group + lane, mask=some)
 
 
 @triton.jit(do_not_specialize=["tiles", "programs"])
 def _int_matvec(
-    x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, residual_ptr, norm_ptr, perm_ptr, y_ptr,
+    x_ptr, w_ptr, scale_ptr, bias_ptr, residual_ptr, norm_ptr, perm_ptr, y_ptr,
     rows, eps, outputs, tiles, programs, nought,
     IN: tl.constexpr, OUT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
     GROUP_WORDS: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
@@ -411,9 +418,9 @@ def _int_matvec(
     BLOCK_WORDS: tl.constexpr = BLOCK * BITS // 32
     word = tl.arange(0, TILE_WORDS)[:, None, None]
     batch = tl.arange(0, M)[None, None, :]
-    words, scale, zero = _weight_tile(
-        w_ptr, scale_ptr, zero_ptr, tl.program_id(0), 0, TILE_WORDS, TILE_WORDS <= WORDS,
-        OUT, TILE_OUT, WORDS, GROUP_WORDS, GROUPS, HAS_ZEROS, GATED,
+    words, scale = _weight_tile(
+        w_ptr, scale_ptr, tl.program_id(0), 0, TILE_WORDS, TILE_WORDS <= WORDS,
+        OUT, TILE_OUT, WORDS, GROUP_WORDS, GROUPS, GATED,
     )  # fmt: skip
     norms, held = (), ()
     for c in tl.static_range(CHUNKS):
@@ -439,23 +446,23 @@ def _int_matvec(
             next_tile = tile + nought  # with 0 the branch below goes, and the loads with it behind the arithmetic
             if c + 1 == CHUNKS:
                 next_tile += programs
-            next_words, next_scale, next_zero, origin = words, scale, zero, nought
+            next_words, next_scale, origin = words, scale, nought
             if next_tile < tiles:
-                next_words, next_scale, next_zero = _weight_tile(
-                    w_ptr, scale_ptr, zero_ptr, next_tile, (c + 1) % CHUNKS * TILE_WORDS,
+                next_words, next_scale = _weight_tile(
+                    w_ptr, scale_ptr, next_tile, (c + 1) % CHUNKS * TILE_WORDS,
                     TILE_WORDS, ((c + 1) % CHUNKS + 1) * TILE_WORDS <= WORDS,
-                    OUT, TILE_OUT, WORDS, GROUP_WORDS, GROUPS, HAS_ZEROS, GATED,
+                    OUT, TILE_OUT, WORDS, GROUP_WORDS, GROUPS, GATED,
                 )  # fmt: skip
                 if EARLY:
                     origin = after_loads(nought, INTERPRETED)
             dots = _dot_quads(words, held[c][0], held[c][1], origin, M, BITS, INTERPRETED).to(tl.float32)
             dots *= held[c][3] / FACTOR
             if HAS_ZEROS:
-                dots -= held[c][2] * zero.to(tl.float32)
+                dots -= held[c][2] * zero_in(scale)
             else:
                 dots -= held[c][2] * 2.0 ** (BITS - 1)
-            total += scale.to(tl.float32) * dots
-            words, scale, zero = next_words, next_scale, next_zero
+            total += scale_in(scale) * dots
+            words, scale = next_words, next_scale
         y = tl.sum(total, axis=0)  # [TILE_OUT, M]
         if HAS_NORM:
             y *= inverse
@@ -464,7 +471,7 @@ def _int_matvec(
 
 @triton.jit(do_not_specialize=["tiles", "programs"])
 def _int_matvec_in_pieces(
-    x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr, residual_ptr, norm_ptr, perm_ptr, y_ptr,
+    x_ptr, w_ptr, scale_ptr, bias_ptr, residual_ptr, norm_ptr, perm_ptr, y_ptr,
     rows, eps, outputs, tiles, programs, nought,
     IN: tl.constexpr, OUT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
     GROUP_WORDS: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
@@ -479,8 +486,8 @@ def _int_matvec_in_pieces(
     word = tl.arange(0, TILE_WORDS)[:, None, None]
     batch = tl.arange(0, M)[None, None, :]
     FULL: tl.constexpr = WORDS % TILE_WORDS == 0
-    words, scale, zero = _weight_tile(w_ptr, scale_ptr, zero_ptr, tl.program_id(0), 0, TILE_WORDS, FULL,
-                                      OUT, TILE_OUT, WORDS, GROUP_WORDS, GROUPS, HAS_ZEROS, GATED)  # fmt: skip
+    words, scale = _weight_tile(w_ptr, scale_ptr, tl.program_id(0), 0, TILE_WORDS, FULL,
+                                OUT, TILE_OUT, WORDS, GROUP_WORDS, GROUPS, GATED)  # fmt: skip
     start_after_previous(OVERLAP)
     for tile in range(tl.program_id(0), tiles, programs):
         bias, residual = tile_operands(
@@ -491,11 +498,11 @@ def _int_matvec_in_pieces(
         for start in range(0, WORDS, TILE_WORDS):
             last = start + TILE_WORDS >= WORDS
             next_tile = tl.where(last, tile + programs, tile)
-            next_words, next_scale, next_zero, origin = words, scale, zero, nought
+            next_words, next_scale, origin = words, scale, nought
             if next_tile < tiles:
-                next_words, next_scale, next_zero = _weight_tile(
-                    w_ptr, scale_ptr, zero_ptr, next_tile, tl.where(last, 0, start + TILE_WORDS),
-                    TILE_WORDS, FULL, OUT, TILE_OUT, WORDS, GROUP_WORDS, GROUPS, HAS_ZEROS, GATED,
+                next_words, next_scale = _weight_tile(
+                    w_ptr, scale_ptr, next_tile, tl.where(last, 0, start + TILE_WORDS),
+                    TILE_WORDS, FULL, OUT, TILE_OUT, WORDS, GROUP_WORDS, GROUPS, GATED,
                 )  # fmt: skip
                 if EARLY:
                     origin = after_loads(nought, INTERPRETED)
@@ -508,11 +515,11 @@ def _int_matvec_in_pieces(
             squares += square
             dots = _dot_quads(words, high, low, origin, M, BITS, INTERPRETED).to(tl.float32) * (unit / FACTOR)
             if HAS_ZEROS:
-                dots -= unit * sums * zero.to(tl.float32)
+                dots -= unit * sums * zero_in(scale)
             else:
                 dots -= unit * sums * 2.0 ** (BITS - 1)
-            total += scale.to(tl.float32) * dots
-            words, scale, zero = next_words, next_scale, next_zero
+            total += scale_in(scale) * dots
+            words, scale = next_words, next_scale
         y = tl.sum(total, axis=0)  # [TILE_OUT, M]
         if HAS_NORM:
             y *= tl.rsqrt(tl.sum(squares, axis=0) / IN + eps)

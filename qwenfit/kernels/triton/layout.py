@@ -3,12 +3,19 @@
 A row's columns are cut into blocks of `block` = 128, 64 or 32, and a block into words of 32 bits. Code j of word i of a
 block is that of column j * words_per_block + i: the 16 bytes that a thread loads hold consecutive words, so for each j
 the matching activations are consecutive too.
+
+Where groups have zeros of their own, a scale and its zero are one number, so that one load brings both: a float16 each
+in an int32, the scale in its low half, if the zeros are whole; else a float32 each in an int64.
 """
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch.nn.functional import pad
+
+from qwenfit.kernels.triton.paged import scale_of, zero_of
 
 _PIECE = 1 << 24  # codes handled at once: 64 MiB as int32
 
@@ -47,3 +54,39 @@ def unpack_codes(packed: torch.Tensor, bits: int, block: int, in_features: int) 
     shifts = torch.arange(0, 32, bits, device=packed.device, dtype=torch.int32)[:, None]
     codes: torch.Tensor = (words >> shifts) & (2**bits - 1)
     return codes.flatten(1)[:, :in_features].to(torch.uint8)
+
+
+def join_zeros(scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """Scales [out, groups], float16 or float32, and zeros -> int32 or int64 [out, groups]."""
+    whole = bool((zeros == zeros.round().clamp(0, 255)).all())
+    dtype, joined = (
+        (scales.dtype, torch.int32) if whole and scales.dtype == torch.float16 else (torch.float32, torch.int64)
+    )
+    return torch.stack((scales.to(dtype), zeros.to(dtype)), -1).contiguous().view(joined)[..., 0]
+
+
+def split_zeros(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `join_zeros`: float32 scales and zeros."""
+    dtype = torch.float16 if words.dtype == torch.int32 else torch.float32
+    scales, zeros = words[..., None].view(dtype).float().unbind(-1)
+    return scales, zeros
+
+
+@triton.jit
+def scale_in(stored):
+    """float32 scales of what a weight has in their place."""
+    if stored.dtype == tl.int64:
+        return scale_of(stored)
+    elif stored.dtype == tl.int32:
+        return (stored & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return stored.to(tl.float32)
+
+
+@triton.jit
+def zero_in(stored):
+    """float32 zeros of words of `join_zeros`."""
+    if stored.dtype == tl.int64:
+        return zero_of(stored)
+    else:
+        return (stored >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
