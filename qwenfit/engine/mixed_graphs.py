@@ -100,8 +100,8 @@ class MixedStep:
             self._tables[:singles, : tables.shape[1]] = to_device(tables, self._tables.device)
 
     @torch.inference_mode()
-    def run(self) -> None:
-        """Compute the logits of the rows that are wanted."""
+    def run(self, ends: bool = False) -> None:
+        """Compute the logits of the rows that are wanted; `ends` as `run_layers` takes it."""
         model, ids, stored = self.model, self._ids, self.cache.layers[0]
         ids = ids.where(ids >= 0, self._last[(-1 - ids).clamp_(min=0)])
         angles = model.rotary.angles(self._positions, [self.size], [1.0], math.inf, model.dtype)
@@ -111,7 +111,7 @@ class MixedStep:
             self.singles, self._before, self._contexts, parts, self._tables, lens, lens, self._query_starts,
             self._context_starts, self._context_slots, self._config, self._tiles.view(-1, 2), padded=True,
         )  # fmt: skip
-        hidden = run_layers(model, ids, self._slots, angles, plan, self.cache, self._rows)
+        hidden = run_layers(model, ids, self._slots, angles, plan, self.cache, self._rows, ends)
         model.logits(hidden, self._logits)
 
 
@@ -134,7 +134,7 @@ class MixedGraphs:
         """Launch every kernel that the steps take, so that they are compiled: larger ones take no others."""
         few = [size for size in self._possible if size <= max(USUAL, *INT_MATMUL_ROWS.values())]
         for size in {*few, *self._possible[-1:]}:
-            self._step(size).run()
+            self._step(size).run(ends=True)
 
     def record(self, costs: Costs) -> None:
         """Record the sizes that a host with these costs launches more slowly than the device runs them, or nearly so.
@@ -191,7 +191,7 @@ class MixedGraphs:
         if torch.cuda.mem_get_info(self._last.device)[0] < 2 * self._needs(size):
             return False
         step = self._step(size)
-        step.run()  # loads what it takes; all rows are padding, so the cache is left alone
+        step.run(ends=True)  # loads what it takes; all rows are padding, so the cache is left alone
         graph = torch.cuda.CUDAGraph()
         with torch.inference_mode(), torch.cuda.graph(graph, pool=self._graphs.pool, capture_error_mode="thread_local"):
             step.run()

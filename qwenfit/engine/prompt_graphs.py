@@ -44,12 +44,12 @@ class PromptStep:
         self._numbers.copy_(to_device(tensor_of(numbers), self._numbers.device))
 
     @torch.inference_mode()
-    def run(self) -> torch.Tensor:
-        """float32 logits [1, vocab_size] after the last token."""
+    def run(self, ends: bool = False) -> torch.Tensor:
+        """float32 logits [1, vocab_size] after the last token; `ends` as `run_layers` takes it."""
         size, numbers = self.size, self._numbers
         last = numbers[2 * size : 2 * size + 1]
         hidden = run_layers(
-            self.model, numbers[:size], numbers[size : 2 * size], self._angles, self._plan, self.cache, last
+            self.model, numbers[:size], numbers[size : 2 * size], self._angles, self._plan, self.cache, last, ends
         )  # fmt: skip
         return self.model.logits(hidden)
 
@@ -70,7 +70,7 @@ class PromptGraphs:
     def launch_each(self) -> None:
         """Launch every kernel that a lone prompt takes, so that they are compiled: longer ones take no others."""
         for size in (size for size in LENGTHS if size <= max(INT_MATMUL_ROWS.values())):
-            PromptStep(self.model, self.cache, size, self.device).run()
+            PromptStep(self.model, self.cache, size, self.device).run(ends=True)
 
     @staticmethod
     def size_for(length: int) -> int | None:

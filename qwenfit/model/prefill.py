@@ -46,9 +46,15 @@ def run_layers(
     plan: RaggedPlan,
     cache: KVCache,
     rows: torch.Tensor | None,
+    ends: bool = False,
 ) -> torch.Tensor:
-    """`prefill` of tokens int64 [T] whose keys and values go to `slots` int64 [T]; -1: to none, a row of padding."""
+    """`prefill` of tokens int64 [T] whose keys and values go to `slots` int64 [T]; -1: to none, a row of padding.
+
+    ends: only the first and the last layer, where the kernels count and not the result.
+    """
     blocks = [layer for layer in model.layers if isinstance(layer, Block)]
+    if ends:
+        blocks = [blocks[0], blocks[-1]]
     x = embedding(input_ids, model.embed_tokens.weight).float()
     first = blocks[0].input_layernorm
     normed, x = add_norm(x, None, first.weight, first.eps)
