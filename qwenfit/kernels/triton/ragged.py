@@ -24,6 +24,8 @@ from qwenfit.kernels.triton.prompt_attention import Turn, prompt_attention, prom
 from qwenfit.kernels.triton.tuning import in_force, key, measured
 
 _HEADS = 8  # of a program
+# On a Hopper, by head_dim: the best of a dozen, for heads that are shared or not, and any length.
+HOPPER = {128: {"m": 64, "n": 64, "warps": 4, "stages": 3}, 64: {"m": 64, "n": 128, "warps": 4, "stages": 2}}
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,19 @@ def prompt_config(heads: int, cache: LayerCache, dtype: torch.dtype, query_lens:
 
     None: nothing was measured.
     """
-    if not cache.key.is_cuda or dtype == torch.float32:
-        return None
     kv_heads, head_dim = cache.key.shape[2:]
-    return measured("prompt_attention", (head_dim, heads // kv_heads, max(query_lens)))
+    return _fastest(cache.key.device, dtype, head_dim, heads // kv_heads, max(query_lens))
+
+
+def _fastest(
+    device: torch.device, dtype: torch.dtype, head_dim: int, group: int, longest: int
+) -> dict[str, int] | None:
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    config = measured("prompt_attention", (head_dim, group, longest))
+    if config is None and torch.cuda.get_device_capability(device)[0] == 9:
+        return HOPPER.get(head_dim)
+    return config
 
 
 def is_own(config: dict[str, int] | None) -> TypeGuard[dict[str, int]]:
@@ -164,9 +175,13 @@ def compile_prompt_attention(qkv: torch.Tensor, kv_heads: int, turn: Turn | None
     starts = torch.tensor([0, len(qkv), 0, 0], dtype=torch.int32, device=qkv.device)
     tiles, before = starts[2:].view(1, 2), starts[2:3]
     q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
-    wanted = key("prompt_attention", (head_dim, heads // kv_heads, 1)).removesuffix("1")
-    for config in {str(config): config for name, config in in_force().items() if name.startswith(wanted)}.values():
-        if "cudnn" not in config:
+    group = heads // kv_heads
+    wanted = key("prompt_attention", (head_dim, group, 1)).removesuffix("1")
+    configs = [config for name, config in in_force().items() if name.startswith(wanted)]
+    for config in {
+        str(config): config for config in (*configs, _fastest(q.device, q.dtype, head_dim, group, 1))
+    }.values():
+        if is_own(config):
             prompt_attention(q, k, v, starts[:2], starts[:2], tiles, 1.0, config, turn, before)
 
 
