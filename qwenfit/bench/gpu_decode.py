@@ -88,15 +88,15 @@ LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.do
 BLOCK_SIZE = 16
 
 
-def random_model(config: ModelConfig, precision: str) -> Transformer:
-    """Random weights made on the GPU, with a standard deviation of 1 / sqrt(inputs)."""
+def random_model(config: ModelConfig, precision: str, zeros: bool = False) -> Transformer:
+    """Random weights made on the GPU, with a standard deviation of 1 / sqrt(inputs); zeros: as of AWQ."""
     model = Transformer(config, torch.bfloat16, "meta")
     for name, parameter in list(model.named_parameters()):
         module, _, leaf = name.rpartition(".")
         owner = model.get_submodule(module)
         if precision != "bf16" and module.endswith(LINEARS) and leaf == "weight":
             out, inputs = parameter.shape
-            packed = random_blocked(int(precision[3:]), inputs, out)
+            packed = random_blocked(int(precision[3:]), inputs, out, zeros)
             model.set_submodule(module, Linear(None, owner.bias, packed))  # type: ignore[arg-type]
             continue
         owner = model.get_submodule(module)
@@ -167,11 +167,13 @@ def unmoved(step: DecodeStep) -> Iterator[None]:
         tensor.copy_(value)
 
 
-def run(name: str, precision: str, kv: str, context: int, tokens: int, batch: int, read_rate: float) -> dict[str, Any]:
+def run(
+    name: str, precision: str, kv: str, context: int, tokens: int, batch: int, read_rate: float, zeros: bool = False
+) -> dict[str, Any]:
     torch.cuda.empty_cache()
     used_before = used_bytes()
     torch.cuda.reset_peak_memory_stats()
-    model = random_model(resolve_model(name), precision)
+    model = random_model(resolve_model(name), precision, zeros)
     step = start(model, kv, context, tokens, batch)
     weights = read_bytes(model) + model.embed_tokens.weight.nbytes
     graph = record_graph(step)
@@ -230,13 +232,15 @@ def profile(graph: torch.cuda.CUDAGraph) -> dict[str, list[float]]:
     return totals
 
 
-def check(precision: str, kv: str, name: str = "Qwen-7B", count: int = 1, length: int = 24) -> dict[str, Any]:
+def check(
+    precision: str, kv: str, name: str = "Qwen-7B", count: int = 1, zeros: bool = False, length: int = 24
+) -> dict[str, Any]:
     """Relative error of the step's logits against the plain network in float32, over `length` positions of 2 layers.
 
     With a bf16 cache of `count` sequences, else of one.
     """
     config = replace(resolve_model(name), num_layers=2)
-    model = random_model(config, precision)
+    model = random_model(config, precision, zeros)
     ids = torch.randint(0, config.vocab_size, (count, length), device="cuda")
     step = start(model, kv, 0, length, count)
     compile_side_by_side(step.run)
@@ -296,6 +300,7 @@ def main() -> None:
     parser.add_argument("--checks", default="", help="indices of CHECKS, comma-separated; default: all")
     parser.add_argument("--no-checks", action="store_true")
     parser.add_argument("--no-repeats", action="store_true", help="of runs without one of the choices")
+    parser.add_argument("--zeros", action="store_true", help="integer weights have zeros of their own, as AWQ's")
     parser.add_argument("--short", action="store_true", help="decode 256 tokens about the same mean context")
     parser.add_argument("--seconds", type=float, default=115, help="no run is begun after these")
     options = parser.parse_args()
@@ -324,9 +329,9 @@ def main() -> None:
             traceback.print_exc()
 
     for i in [] if options.no_checks else indices(options.checks, CHECKS):
-        attempt(checks, check, *CHECKS[i])
+        attempt(checks, check, *CHECKS[i], options.zeros)
     for i in chosen:
-        attempt(results, run, *(shortened(*RUNS[i]) if options.short else RUNS[i]), limits["read"])
+        attempt(results, run, *(shortened(*RUNS[i]) if options.short else RUNS[i]), limits["read"], options.zeros)
     best = tuning.in_force()
     for i, without in WITHOUT[:0] if options.no_repeats else WITHOUT:
         if i in chosen:

@@ -311,7 +311,8 @@ def summary(name: str, part: Figures) -> str:
         return str(part.get("failed") or part["left_out"])[:200]
     if name == "attention":
         return "; ".join(
-            f"{row['length']}: flash {row['flash']:.3f} ms, ours {[round(ms, 3) for ms in row['ours']]}, "
+            f"{row['shape']} {row['length']}: flash {row['flash']:.3f} ms, "
+            f"ours {[round(ms, 3) for ms in row['ours']]}, "
             f"cuDNN {row.get('cudnn', row.get('cudnn_failed'))}, best {row['best']}"
             for row in part.get("rows", ())
             if "length" in row

@@ -37,6 +37,7 @@ from qwenfit.kernels.triton.decode_attention import (
 )
 from qwenfit.kernels.triton.int_matvec import BlockedWeight, int_matvec, int_matvec_reference
 from qwenfit.kernels.triton.launch import device_limits
+from qwenfit.kernels.triton.layout import join_zeros
 from qwenfit.kernels.triton.parts import arrival_counters
 from qwenfit.kernels.triton.rotary_cache import rotary_cache_reference
 
@@ -120,13 +121,16 @@ def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
     return float((out.float() - reference.float()).norm() / reference.float().norm())
 
 
-def random_blocked(bits: int, inputs: int, out: int) -> BlockedWeight:
-    """Random codes; scales of either sign, since the codes' mean is not their middle."""
+def random_blocked(bits: int, inputs: int, out: int, zeros: bool = False) -> BlockedWeight:
+    """Random codes; scales of either sign, since the codes' mean is not their middle. zeros: each group has its own."""
     codes = torch.empty(out, inputs * bits // 32, dtype=torch.int32, device="cuda").random_(-(2**31), 2**31)
     deviation = ((4.0**bits - 1) / 12) ** 0.5
     scales = (torch.rand(out, inputs // 128, device="cuda") + 0.5) / deviation / inputs**0.5
     scales *= torch.randint_like(scales, 2) * 2 - 1
-    return BlockedWeight(bits, 128, 128, out, inputs, codes, scales.half(), None)
+    scales = scales.half()
+    if zeros:
+        scales = join_zeros(scales, torch.randint_like(scales, 2, 2**bits - 2))
+    return BlockedWeight(bits, 128, 128, out, inputs, codes, scales, None)
 
 
 def copies(make: Callable[[], Any], nbytes: int) -> list[Any]:

@@ -35,13 +35,16 @@ from qwenfit.model.transformer import Transformer
 
 Run = Callable[[], torch.Tensor]
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-HEADS, LAYERS = 32, 32  # of Qwen-7B
-LENGTHS = (512, 1024, 2048)
+Shape = tuple[int, int, int]  # heads, kv_heads, head_dim
+OWN, *SHARED = [(32, 32, 128), (28, 4, 128), (32, 8, 128), (14, 2, 64)]  # Qwen-7B; Qwen2.5-7B, Qwen3-8B, Qwen2.5-0.5B
+LAYERS = 32
+LENGTHS = (64, 256, 512, 1024, 2048)
 CONFIGS = [
     {"m": 128, "n": 128, "warps": 8, "stages": 2},
     {"m": 128, "n": 64, "warps": 8, "stages": 3},
     {"m": 128, "n": 64, "warps": 4, "stages": 3},
     {"m": 64, "n": 64, "warps": 4, "stages": 3},
+    {"m": 64, "n": 128, "warps": 4, "stages": 2},
 ]
 CASES: list[tuple[str, str, int | None]] = [  # model, KV cache, bits of the layers
     ("Qwen-7B", "bf16", None),
@@ -56,12 +59,13 @@ BOUND = 1e-2  # of the relative error of logits
 # The attention of a prompt
 
 
-def projected(queries: list[int], contexts: list[int], heads: int = HEADS) -> Three:
+def projected(queries: list[int], contexts: list[int], shape: Shape = OWN) -> Three:
     """q, k, v as a layer has them: views into projected heads, or keys and values of longer contexts."""
-    qkv = torch.randn(sum(queries), 3 * heads, 128, device=DEVICE, dtype=torch.bfloat16)
+    heads, kv_heads, head_dim = shape
+    qkv = torch.randn(sum(queries), heads + 2 * kv_heads, head_dim, device=DEVICE, dtype=torch.bfloat16)
     if queries == contexts:
-        return qkv[:, :heads], qkv[:, heads : 2 * heads], qkv[:, 2 * heads :]
-    keys = torch.randn(2, sum(contexts), heads, 128, device=DEVICE, dtype=torch.bfloat16)
+        return qkv[:, :heads], qkv[:, heads:-kv_heads], qkv[:, -kv_heads:]
+    keys = torch.randn(2, sum(contexts), kv_heads, head_dim, device=DEVICE, dtype=torch.bfloat16)
     return qkv[:, :heads], keys[0], keys[1]
 
 
@@ -72,33 +76,25 @@ def plan_of(queries: list[int], contexts: list[int], config: dict[str, int] | No
     starts, context_starts, programs, before = (torch.tensor(n, dtype=torch.int32, device=DEVICE) for n in numbers)
     empty = torch.empty(0, dtype=torch.int64, device=DEVICE)
     slots = None if queries == contexts else empty
+    config = config or {"cudnn": 1}
     return ragged.RaggedPlan(
-        0,
-        before,
-        empty,
-        None,
-        empty,
-        queries,
-        contexts,
-        starts,
-        context_starts,
-        slots,
-        config or {"cudnn": 1},
-        programs,
+        0, before, empty, None, empty, queries, contexts, starts, context_starts, slots, config, programs
     )
 
 
 def attention_of(config: dict[str, int], queries: list[int], contexts: list[int], tensors: Three) -> Run:
     plan = plan_of(queries, contexts, config)
     assert plan.tiles is not None
-    starts = plan.query_starts, plan.context_starts
-    return partial(prompt_attention, *tensors, *starts, plan.tiles, 128**-0.5, config)
+    starts, scale = (plan.query_starts, plan.context_starts), tensors[0].shape[2] ** -0.5
+    return partial(prompt_attention, *tensors, *starts, plan.tiles, scale, config)
 
 
 def compile_attention(config: dict[str, int]) -> None:
     """Only for the cache on disk."""
     attention_of(config, [130], [130], projected([130], [130]))()
-    attention_of(config, [7, 130], [7, 200], projected([7, 130], [7, 200], 4))()
+    attention_of(config, [7, 130], [7, 200], projected([7, 130], [7, 200], (4, 4, 128)))()
+    for shape in SHARED:
+        attention_of(config, [130], [130], projected([130], [130], shape))()
 
 
 def milliseconds(run: Run) -> float:
@@ -107,7 +103,7 @@ def milliseconds(run: Run) -> float:
 
 
 def choose_attention() -> Figures:
-    """Times torch's flash attention, cuDNN's and ours; puts the fastest exact one in force for each length.
+    """Times torch's flash attention, cuDNN's and ours; puts the fastest exact one in force for each shape and length.
 
     cuDNN plans a length that it has not seen, for a while: it has to save more than that in one prompt.
     """
@@ -117,7 +113,7 @@ def choose_attention() -> Figures:
     working: list[dict[str, int]] = []
     for config in CONFIGS:
         queries, contexts = [7, 130, 300, 1], [7, 200, 300, 140]
-        tensors = projected(queries, contexts, 4)
+        tensors = projected(queries, contexts, (4, 2, 128))
         q, k, v = (x.float() for x in tensors)
         expected = prompt_attention_reference(q, k, v, queries, contexts, 128**-0.5)
         try:
@@ -127,24 +123,31 @@ def choose_attention() -> Figures:
             continue
         made["rows"].append({"config": config, "error": error})
         working += [config] if error < BOUND else []
-    for length in LENGTHS:
-        tensors, plan = projected([length], [length]), plan_of([length], [length])
-        flash = milliseconds(partial(ragged.flash, *tensors, plan, 128**-0.5))
-        timed: list[tuple[float, dict[str, int] | None]] = [(flash, None)]
-        timed += [(milliseconds(attention_of(config, [length], [length], tensors)), config) for config in working]
-        row: Figures = {"length": length, "flash": flash, "ours": [ms for ms, _ in timed[1:]]}
-        try:
-            row |= time_cudnn(length)
-            if (min(timed, key=lambda pair: pair[0])[0] - row["cudnn"]) * LAYERS > row["cudnn_plans"]:
-                timed.append((row["cudnn"], {"cudnn": 1}))
-        except Exception as failure:
-            row["cudnn_failed"] = repr(failure)[:200]
-        config_of_best = min(timed, key=lambda pair: pair[0])[1]
-        if config_of_best is not None:
-            made["configs"][tuning.key("prompt_attention", (128, 1, length))] = config_of_best
-        made["rows"].append(row | {"best": config_of_best})
+    for shape in (OWN, *SHARED):
+        for length in LENGTHS:
+            row = time_attention(shape, length, working)
+            if row["best"] is not None:
+                name = tuning.key("prompt_attention", (shape[2], shape[0] // shape[1], length))
+                made["configs"][name] = row["best"]
+            made["rows"].append(row)
     tuning.put_in_force(made["configs"])
     return made
+
+
+def time_attention(shape: Shape, length: int, configs: list[dict[str, int]]) -> Figures:
+    """Milliseconds of a prompt of `length` tokens by torch, by ours with each config and, of OWN, by cuDNN."""
+    tensors, plan = projected([length], [length], shape), plan_of([length], [length])
+    flash = milliseconds(partial(ragged.flash, *tensors, plan, shape[2] ** -0.5))
+    timed: list[tuple[float, dict[str, int] | None]] = [(flash, None)]
+    timed += [(milliseconds(attention_of(config, [length], [length], tensors)), config) for config in configs]
+    row: Figures = {"shape": shape, "length": length, "flash": flash, "ours": [ms for ms, _ in timed[1:]]}
+    try:
+        row |= time_cudnn(length) if shape == OWN else {}
+        if "cudnn" in row and (min(ms for ms, _ in timed) - row["cudnn"]) * LAYERS > row["cudnn_plans"]:
+            timed.append((row["cudnn"], {"cudnn": 1}))
+    except Exception as failure:
+        row["cudnn_failed"] = repr(failure)[:200]
+    return row | {"best": min(timed, key=lambda pair: pair[0])[1]}
 
 
 def time_cudnn(length: int) -> Figures:
