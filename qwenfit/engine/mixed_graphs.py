@@ -133,7 +133,7 @@ class MixedGraphs:
     def launch_each(self) -> None:
         """Launch every kernel that the steps take, so that they are compiled: larger ones take no others."""
         few = [size for size in self._possible if size <= max(USUAL, *INT_MATMUL_ROWS.values())]
-        for size in {*few, *self._possible[-1:]}:
+        for size in self._possible[: len(few) + 1]:
             self._step(size).run(ends=True)
 
     def record(self, costs: Costs) -> None:

@@ -160,12 +160,12 @@ class Runner:
                 graphs.launch_each()
             if prompts is not None and on_gpu:
                 prompts.launch_each()
-            if mixed is not None and on_gpu:
-                mixed.launch_each()
             launch_prompts()
             if batch is not None:  # one row fewer, which int4 and int8 weights multiply by other kernels
                 few = make_batch([chunks[0], replace(chunks[1], token_ids=[0] * (size - 1))], size, self.device)
                 prefill(model, few, self.cache, few.logits_indices)
+            if mixed is not None and on_gpu:
+                mixed.launch_each()
 
         compile_side_by_side(launch_each)
         launch_prompts()
