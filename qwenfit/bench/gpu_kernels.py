@@ -129,7 +129,7 @@ def random_blocked(bits: int, inputs: int, out: int, zeros: bool = False) -> Blo
     scales *= torch.randint_like(scales, 2) * 2 - 1
     scales = scales.half()
     if zeros:
-        scales = join_zeros(scales, torch.randint_like(scales, 2, 2**bits - 2))
+        scales = join_zeros(scales, torch.randint_like(scales, 2, 2**bits - 2), bits)
     return BlockedWeight(bits, 128, 128, out, inputs, codes, scales, None)
 
 

@@ -48,10 +48,6 @@ class DecodeGraphs:
     def fits(self, batch: int) -> bool:
         return batch <= self.sizes[-1]
 
-    def recorded(self, size: int) -> torch.cuda.CUDAGraph:
-        """The step of one of `sizes`; until inputs are filled in, of padding."""
-        return self._recorded[size][1]
-
     def launch_each(self) -> None:
         """Launch every kernel of all sizes, with padding, and those that fill inputs: so that they are compiled."""
         for step in self._steps.values():

@@ -131,7 +131,7 @@ class MixedGraphs:
         self.costs = Costs(0.0, 0.0)
 
     def launch_each(self) -> None:
-        """Launch every kernel that the steps take, so that they are compiled: larger ones take no others."""
+        """Launch the kernels that the steps take, so that they are compiled: larger ones take no others."""
         few = [size for size in self._possible if size <= max(USUAL, *INT_MATMUL_ROWS.values())]
         for size in self._possible[: len(few) + 1]:
             self._step(size).run(ends=True)
@@ -169,10 +169,10 @@ class MixedGraphs:
         return self._graphs.logits
 
     def _expected(self, rows: int) -> float:
-        """Seconds of the device for so many rows, between those of the sizes."""
+        """Seconds of the device for so many rows, between those of the sizes, or of none; rather fewer than more."""
         above = next(size for size in self._recorded if size >= rows)
         below = max((size for size in self._recorded if size < above), default=0)
-        low = self.seconds.get(below, self.seconds[above])
+        low = self.seconds.get(below, 0.0)
         return low + (self.seconds[above] - low) * (rows - below) / (above - below)
 
     def _step(self, size: int) -> MixedStep:
@@ -180,9 +180,11 @@ class MixedGraphs:
         return MixedStep(self.model, self.cache, size, graphs.max_blocks, self._last, graphs.logits)
 
     def _needs(self, size: int) -> int:
-        """Bytes that a step takes, no less: activations beside each other, and a weight unpacked."""
-        hidden, widest = self.model.config.hidden_size, 2 * self.model.config.intermediate_size
-        return 4 * self.model.dtype.itemsize * (size * (widest + 4 * hidden) + widest * hidden // 4)
+        """Bytes that a step takes, no less: activations beside each other, a weight unpacked, and the head."""
+        config, packed_head = self.model.config, getattr(self.model.lm_head, "packed", None)
+        hidden, widest = config.hidden_size, 2 * config.intermediate_size
+        unpacked = widest if packed_head is None else max(widest, config.vocab_size)
+        return self.model.dtype.itemsize * (4 * size * (widest + 4 * hidden) + unpacked * hidden)
 
     def _record(self, size: int) -> bool:
         """Record one size, where it is not and there is memory for it; returns whether it is recorded."""
@@ -190,11 +192,14 @@ class MixedGraphs:
             return True
         if torch.cuda.mem_get_info(self._last.device)[0] < 2 * self._needs(size):
             return False
-        step = self._step(size)
-        step.run(ends=True)  # loads what it takes; all rows are padding, so the cache is left alone
-        graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.graph(graph, pool=self._graphs.pool, capture_error_mode="thread_local"):
-            step.run()
+        step, graph = self._step(size), torch.cuda.CUDAGraph()
+        mode = {"pool": self._graphs.pool, "capture_error_mode": "thread_local"}
+        try:
+            step.run(ends=True)  # loads what it takes; all rows are padding, so the cache is left alone
+            with torch.inference_mode(), torch.cuda.graph(graph, **mode):
+                step.run()
+        except torch.OutOfMemoryError:
+            return False
         self._recorded[size] = step, graph
         self.seconds[size] = seconds(graph.replay, times=2)
         return True

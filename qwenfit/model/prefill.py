@@ -50,11 +50,12 @@ def run_layers(
 ) -> torch.Tensor:
     """`prefill` of tokens int64 [T] whose keys and values go to `slots` int64 [T]; -1: to none, a row of padding.
 
-    ends: only the first and the last layer, where the kernels count and not the result.
+    ends: only the first and the last layer, where the kernels count and not the result; all, where others differ from
+    these.
     """
     blocks = [layer for layer in model.layers if isinstance(layer, Block)]
-    if ends:
-        blocks = [blocks[0], blocks[-1]]
+    if ends and {*map(_kinds, blocks)} <= {_kinds(blocks[0]), _kinds(blocks[-1])}:
+        blocks = [blocks[0], *blocks[1:][-1:]]
     x = embedding(input_ids, model.embed_tokens.weight).float()
     first = blocks[0].input_layernorm
     normed, x = add_norm(x, None, first.weight, first.eps)
@@ -71,6 +72,14 @@ def run_layers(
             layer.mlp.down_proj, inner, x, model.norm if last else blocks[index + 1].input_layernorm
         )
     return normed
+
+
+def _kinds(block: Block) -> tuple[object, ...]:
+    """What the kernels of a layer are compiled for."""
+    attention, mlp = block.self_attn, block.mlp
+    linears = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
+    packed = [linear.packed for linear in linears]
+    return tuple((p.bits, p.block, p.scales.dtype, p.perm is None) for p in packed if isinstance(p, BlockedWeight))
 
 
 def _add_and_norm(

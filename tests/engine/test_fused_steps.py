@@ -193,7 +193,10 @@ def test_costs_weigh_the_host_against_the_padding(gpu, monkeypatch):
     assert graphs.take(5, 0).size == 8
     assert graphs.take(9, 0) is None  # 3.0 against 2.0
     assert graphs.take(16, 0).size == 16  # as long as it would take launched
-    assert graphs.take(8, 500).size == 8 and graphs.take(7, 500).size == 8
+    assert graphs.take(8, 500).size == 8 and graphs.take(7, 500) is None  # 6.0 against 5.875
+    assert graphs.take(1, 0).size == 8
+    graphs.costs = Costs(0.5, 0.01)
+    assert graphs.take(1, 0) is None and graphs.take(7, 0) is None and graphs.take(8, 0).size == 8
     graphs.costs = Costs(2.9, 0.01)
     assert graphs.take(15, 0) is None  # the device alone: 2.75
     graphs.costs = Costs(3.1, 0.01)

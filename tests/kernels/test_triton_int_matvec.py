@@ -67,6 +67,14 @@ def test_packing_keeps_the_weight(bits: int, zeros: str) -> None:
     assert error(unpack_blocked(narrow).dequantize().cpu(), weight.dequantize()) < 2**-11
 
 
+def test_zeros_that_are_no_codes_are_float32() -> None:
+    weight = quantized(4, 4, 128, 128, "whole")
+    weight.zeros[0] = 200
+    packed = pack_blocked(weight, torch.bfloat16, DEVICE)
+    assert packed is not None and packed.scales.dtype == torch.int64
+    assert error(unpack_blocked(packed).dequantize().cpu(), weight.dequantize()) < 2**-11
+
+
 def test_a_scale_that_float16_would_lose_stays_float32() -> None:
     weight = quantized(4, 4, 128, 128)
     weight.scales[0] = 1e-7

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.kernels.test_triton_decode_step import QWEN1, QWEN3, network
+from tests.kernels.test_triton_int_matvec import quantized
 from tests.kernels.triton_cases import DEVICE, error
 
 pytest.importorskip("triton")
@@ -11,6 +14,9 @@ from qwenfit.config import ModelConfig
 from qwenfit.engine import mixed_graphs
 from qwenfit.engine.brought import Brought
 from qwenfit.engine.mixed_graphs import MixedStep
+from qwenfit.engine.prompt_graphs import PromptStep
+from qwenfit.kernels.triton.int_matvec import pack_blocked
+from qwenfit.model import prefill as prefill_module
 from qwenfit.model.batch import Chunk, make_batch
 from qwenfit.model.kv_cache import KVCache
 from qwenfit.model.prefill import prefill
@@ -100,3 +106,27 @@ def test_a_step_without_logits_only_fills_the_cache() -> None:
         assert len(prefill(model, batch, cache, batch.logits_indices)) == len(batch.logits_indices)
     for with_none, with_all in zip(caches[0].layers, caches[1].layers, strict=True):
         assert torch.equal(with_none.key, with_all.key) and torch.equal(with_none.value, with_all.value)
+
+
+@pytest.mark.parametrize(("layers", "odd", "run"), [(1, None, 1), (3, None, 2), (3, 1, 3), (3, 2, 2)])
+def test_the_ends_of_a_network_stand_for_the_rest_where_that_is_like_them(
+    layers: int, odd: int | None, run: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(QWEN1, num_layers=layers)
+    model = network(config).to(DEVICE)
+    for index, layer in enumerate(model.layers):
+        linear = layer.mlp.down_proj
+        zeros = "whole" if index == odd else "middle"
+        linear.packed = pack_blocked(quantized(8, *linear.weight.shape, 32, zeros), torch.float32, DEVICE)
+        linear.weight = None
+    seen: list[int] = []
+    attend = prefill_module._attend
+    monkeypatch.setattr(
+        prefill_module, "_attend", lambda attention, index, *rest: seen.append(index) or attend(attention, index, *rest)
+    )
+    step = PromptStep(model, KVCache(config, 2, 4, "fp32", DEVICE), 8, torch.device(DEVICE))
+    step.run(ends=True)
+    assert seen == list(range(run))
+    seen.clear()
+    step.run()
+    assert seen == list(range(layers))

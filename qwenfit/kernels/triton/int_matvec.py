@@ -76,7 +76,7 @@ def pack_blocked(
         scales = scales.half()
     zeros = quantized.zeros.to(device).float()
     if bool((zeros != 2 ** (quantized.bits - 1)).any()):
-        scales = join_zeros(scales, zeros)
+        scales = join_zeros(scales, zeros, quantized.bits)
     group = quantized.group_size
     if group >= quantized.in_features:
         group = -(-quantized.in_features // block) * block

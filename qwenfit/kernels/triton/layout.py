@@ -5,7 +5,7 @@ block is that of column j * words_per_block + i: the 16 bytes that a thread load
 the matching activations are consecutive too.
 
 Where groups have zeros of their own, a scale and its zero are one number, so that one load brings both: a float16 each
-in an int32, the scale in its low half, if the zeros are whole; else a float32 each in an int64.
+in an int32, the scale in its low half, if scales are float16 and all zeros codes; else a float32 each in an int64.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def unpack_codes(packed: torch.Tensor, bits: int, block: int, in_features: int) 
     return codes.flatten(1)[:, :in_features].to(torch.uint8)
 
 
-def join_zeros(scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
-    """Scales [out, groups], float16 or float32, and zeros -> int32 or int64 [out, groups]."""
-    whole = bool((zeros == zeros.round().clamp(0, 255)).all())
+def join_zeros(scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> torch.Tensor:
+    """Scales [out, groups], float16 or float32, and the zeros of codes of some bits -> int32 or int64 [out, groups]."""
+    whole = bool((zeros == zeros.round().clamp(0, 2**bits - 1)).all())
     dtype, joined = (
         (scales.dtype, torch.int32) if whole and scales.dtype == torch.float16 else (torch.float32, torch.int64)
     )

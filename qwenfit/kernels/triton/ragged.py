@@ -36,15 +36,15 @@ class RaggedPlan:
     before: torch.Tensor  # int32 [1]: how many they are
     single_contexts: torch.Tensor  # int64 [singles]
     single_parts: Parts | None  # None: there are none
-    block_tables: torch.Tensor  # int32 [sequences, max_blocks]
-    query_lens: list[int]  # of the prompts
+    block_tables: torch.Tensor  # int32 [singles or more, max_blocks]
+    query_lens: list[int]  # of the prompts; of a recorded step, whose prompts the device alone knows, all its rows
     context_lens: list[int]
     query_starts: torch.Tensor  # int32 [prompts + 1]: rows of the step, counted from the first prompt's
     context_starts: torch.Tensor  # int32 [prompts + 1]: rows of the contexts laid end to end
     context_slots: torch.Tensor | None  # int64 [sum of contexts]; None: every prompt is whole, nothing is read back
     config: dict[str, int] | None  # of our own attention, or of cuDNN's; None: torch's
     tiles: torch.Tensor | None  # int32 [programs, 2] as `prompt_attention` takes them, for our own
-    padded: bool = False  # the one prompt may be shorter than query_lens says; query_starts holds its length
+    padded: bool = False  # prompts may be shorter than query_lens says; query_starts holds their lengths
 
 
 def ragged_plan(step: RaggedStep, heads: int, cache: LayerCache) -> RaggedPlan:
