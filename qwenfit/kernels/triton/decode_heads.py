@@ -60,8 +60,8 @@ def _over_head(pieces, MAXIMUM: tl.constexpr):
 def _head(
     row_ptr, norm_ptr, turned, d, eps, DIM: tl.constexpr, HAS_NORM: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
-    """A projected head as pieces of float32 [lanes, tokens, 1, PIECE]: normalised (Qwen3) and rotated, each step
-    rounded to the model's dtype. `d` holds the columns of each piece, `turned` its cos and sin.
+    """A projected head as pieces of float32 [lanes, tokens, 1, PIECE]: normalised (Qwen3) and rotated, rounded once to
+    the model's dtype. `d` holds the columns of each piece, `turned` its cos and sin.
     """
     dtype = row_ptr.dtype.element_ty
     pieces, partners = (), ()
@@ -83,10 +83,8 @@ def _head(
             x, partner = pieces[h], partners[h]
             if HAS_NORM:
                 other = (d[h] + DIM // 2) % DIM
-                weight = tl.load(norm_ptr + d[h], mask=d[h] < DIM, other=0.0).to(tl.float32)
-                x = ((x * inverse).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
-                partner = (partner * inverse).to(dtype).to(tl.float32) * tl.load(norm_ptr + other).to(tl.float32)
-                partner = partner.to(dtype).to(tl.float32)
+                x *= inverse * tl.load(norm_ptr + d[h], mask=d[h] < DIM, other=0.0).to(tl.float32)
+                partner *= inverse * tl.load(norm_ptr + other).to(tl.float32)
             x = (x * turned[0][h] + partner * turned[1][h]).to(dtype).to(tl.float32)
             result = result + (tl.where(d[h] < DIM, x, 0.0),)  # noqa: RUF005
         return result

@@ -10,7 +10,7 @@ from qwenfit.kernels.triton.paged import scale_for
 
 @triton.jit
 def rotated(row_ptr, norm_ptr, mask, cos, sin, eps, DIM: tl.constexpr, HAS_NORM: tl.constexpr):
-    """Heads [n, DIM] at `row_ptr` [n, 1], normalised (Qwen3) and rotated, each step rounded to the model's dtype."""
+    """Heads [n, DIM] at `row_ptr` [n, 1], normalised (Qwen3) and rotated, rounded once to the model's dtype."""
     dtype = row_ptr.dtype.element_ty
     d = tl.arange(0, DIM)[None, :]
     other = (d + DIM // 2) % DIM
@@ -18,9 +18,8 @@ def rotated(row_ptr, norm_ptr, mask, cos, sin, eps, DIM: tl.constexpr, HAS_NORM:
     partner = tl.load(row_ptr + other, mask=mask, other=0.0).to(tl.float32)
     if HAS_NORM:
         inverse = tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)[:, None]
-        x = ((x * inverse).to(dtype).to(tl.float32) * tl.load(norm_ptr + d).to(tl.float32)).to(dtype).to(tl.float32)
-        partner = (partner * inverse).to(dtype).to(tl.float32) * tl.load(norm_ptr + other).to(tl.float32)
-        partner = partner.to(dtype).to(tl.float32)
+        x *= inverse * tl.load(norm_ptr + d).to(tl.float32)
+        partner *= inverse * tl.load(norm_ptr + other).to(tl.float32)
     return (x * cos + partner * sin).to(dtype).to(tl.float32)
 
 

@@ -110,7 +110,7 @@ def ragged_attention_reference(
     """qkv [T, heads + 2 kv_heads, head_dim] as projected -> [T, heads * head_dim]; keys and values enter the cache.
 
     Queries and keys are normalised (Qwen3), rotated and scaled (LogN) as `new` says, for all T tokens; a prompt attends
-    to what the cache gives back, quantized where the cache is.
+    to what the cache gives back, quantized where the cache is. The kernels round after the rotation, not before it too.
     """
     kv_heads = cache.key.shape[2]
     q, k, v = qkv.split((qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
@@ -251,8 +251,7 @@ def _rotate_in_place(
         inverse = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / DIM + eps)[:, None]
         weight_a = tl.where(is_query, tl.load(q_norm_ptr + d), tl.load(k_norm_ptr + d)).to(tl.float32)
         weight_b = tl.where(is_query, tl.load(q_norm_ptr + HALF + d), tl.load(k_norm_ptr + HALF + d)).to(tl.float32)
-        a = tl.where(rotated, ((a * inverse).to(dtype).to(tl.float32) * weight_a).to(dtype).to(tl.float32), a)
-        b = tl.where(rotated, ((b * inverse).to(dtype).to(tl.float32) * weight_b).to(dtype).to(tl.float32), b)
+        a, b = tl.where(rotated, a * inverse * weight_a, a), tl.where(rotated, b * inverse * weight_b, b)
     cos = tl.load(cos_ptr + token * DIM + d)
     sin = tl.load(sin_ptr + token * DIM + HALF + d)
     turned_a = (a * cos - b * sin).to(dtype).to(tl.float32)

@@ -97,18 +97,14 @@ def _rotary_cache(
     rotated = inside & (head < HEADS + KV_HEADS)
     row = qkv_ptr + (token * (HEADS + 2 * KV_HEADS) + head) * DIM
     x = tl.load(row + d, mask=inside, other=0.0)
-    partner = tl.load(row + other, mask=rotated, other=0.0)
+    own, partner = x.to(tl.float32), tl.load(row + other, mask=rotated, other=0.0).to(tl.float32)
     if HAS_NORM:
-        inverse = tl.rsqrt(tl.sum(x.to(tl.float32) * x.to(tl.float32), axis=1) / DIM + eps)[:, None]
+        inverse = tl.rsqrt(tl.sum(own * own, axis=1) / DIM + eps)[:, None]
         weight = tl.where(is_query, tl.load(q_norm_ptr + d), tl.load(k_norm_ptr + d))
         weight_of_partner = tl.where(is_query, tl.load(q_norm_ptr + other), tl.load(k_norm_ptr + other))
-        normed = (x.to(tl.float32) * inverse).to(dtype).to(tl.float32) * weight.to(tl.float32)
-        x = tl.where(rotated, normed.to(dtype), x)
-        partner = (partner.to(tl.float32) * inverse).to(dtype).to(tl.float32) * weight_of_partner.to(tl.float32)
-        partner = partner.to(dtype)
+        own, partner = own * inverse * weight.to(tl.float32), partner * inverse * weight_of_partner.to(tl.float32)
     cos, sin = tl.load(cos_ptr + token * DIM + d), tl.load(sin_ptr + token * DIM + d)
-    turned = (x.to(tl.float32) * cos + partner.to(tl.float32) * sin).to(dtype)
-    x = tl.where(rotated, turned, x)
+    x = tl.where(rotated, (own * cos + partner * sin).to(dtype), x)
     query = x
     if HAS_SCALE:
         query = (x.to(tl.float32) * tl.load(query_scale_ptr + token).to(tl.float32)).to(dtype)
