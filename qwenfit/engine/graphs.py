@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,6 +12,8 @@ from qwenfit.kernels.triton.step_inputs import advance, extend, fill_step
 from qwenfit.model.decode import DecodeStep
 from qwenfit.model.kv_cache import KVCache
 from qwenfit.model.transformer import Transformer
+
+Made = TypeVar("Made")
 
 
 class DecodeGraphs:
@@ -99,17 +101,21 @@ class DecodeGraphs:
         buffers.input_ids[: self._batch].copy_(chosen)
         self._last.index_copy_(0, buffers.rows[: self._batch], chosen)
 
+    def capture(self, run: Callable[[], Made]) -> tuple[torch.cuda.CUDAGraph, Made]:
+        """Record what `run` launches, in the memory that all graphs share; also what it returns."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode(), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            made = run()
+        self.pool = graph.pool()
+        return graph, made
+
     def _step(self, size: int) -> DecodeStep:
         return DecodeStep(self.model, self.cache, size, self.max_blocks, self.device)
 
     def _record(self, size: int, step: DecodeStep) -> None:
         self._run(step)  # compiles the kernels; all rows are padding, so the cache is left alone
         torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            self._run(step)
-        self.pool = graph.pool()
-        self._recorded[size] = step, graph
+        self._recorded[size] = step, self.capture(lambda: self._run(step))[0]
 
     @torch.inference_mode()
     def _run(self, step: DecodeStep, layers: int | None = None) -> None:

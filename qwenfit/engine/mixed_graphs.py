@@ -192,12 +192,10 @@ class MixedGraphs:
             return True
         if torch.cuda.mem_get_info(self._last.device)[0] < 2 * self._needs(size):
             return False
-        step, graph = self._step(size), torch.cuda.CUDAGraph()
-        mode = {"pool": self._graphs.pool, "capture_error_mode": "thread_local"}
+        step = self._step(size)
         try:
             step.run(ends=True)  # loads what it takes; all rows are padding, so the cache is left alone
-            with torch.inference_mode(), torch.cuda.graph(graph, **mode):
-                step.run()
+            graph, _ = self._graphs.capture(step.run)
         except torch.OutOfMemoryError:
             return False
         self._recorded[size] = step, graph

@@ -95,7 +95,4 @@ class PromptGraphs:
         return logits
 
     def _record(self, step: PromptStep) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.graph(graph, pool=self._graphs.pool, capture_error_mode="thread_local"):
-            logits = step.run()
-        return graph, logits
+        return self._graphs.capture(step.run)

@@ -200,11 +200,12 @@ class Runner:
         if self._prompts is not None and size is not None:
             first = requests[0]
             return self._prompts.run(size, first.tokens, self._slots(first.blocks, 0, first.length))
-        reached = sum(request.computed + request.scheduled == request.length for request in requests)
-        recorded = self._replay_mixed(self._mixed, requests) if self._mixed is not None else None
+        brought = self._brought(requests)
+        reached = len(brought.last)
+        recorded = self._replay_mixed(self._mixed, requests, brought) if self._mixed is not None else None
         if recorded is not None:
             return recorded[:reached] if reached else None
-        batch = self._batch(requests)
+        batch = self._batch(requests, brought)
         rows = batch.logits_indices
         if self._transformer is not None:
             from qwenfit.model.prefill import prefill
@@ -215,17 +216,13 @@ class Runner:
             hidden = hidden if len(rows) == len(hidden) and not self.pads else hidden[rows]
         return self.model.logits(hidden)[:reached] if reached else None
 
-    def _replay_mixed(self, graphs: MixedGraphs, requests: list[Request]) -> Tensor | None:
+    def _replay_mixed(self, graphs: MixedGraphs, requests: list[Request], brought: Brought) -> Tensor | None:
         """The logits of a step with prompts in it, as one replay; None: it is to be launched."""
         if any(request.alpha != 1.0 for request in requests):
             return None
-        count = next((i for i, request in enumerate(requests) if request.scheduled > 1), len(requests))
-        rows = sum(request.scheduled for request in requests)
-        step = graphs.take(rows, sum(request.computed for request in requests[:count]))
-        if step is None:
-            return None
-        brought = self._brought(requests)
-        if not step.fits(brought):
+        count = brought.singles
+        step = graphs.take(len(brought.ids), sum(request.computed for request in requests[:count]))
+        if step is None or not step.fits(brought):
             return None
         contexts = (
             self._slots(request.blocks, 0, request.computed + request.scheduled) for request in requests[count:]
@@ -308,12 +305,11 @@ class Runner:
         on_device = to_device(torch.stack(numbers), self.device)
         return graphs.run(on_device, to_device(tables, self.device), [request.alpha for request in requests])
 
-    def _batch(self, requests: list[Request]) -> Batch:
-        """What the requests bring, and, where the runner pads, a sequence of padding that the cache keeps nothing of.
+    def _batch(self, requests: list[Request], brought: Brought) -> Batch:
+        """What the requests brought, and, where the runner pads, a sequence of padding that the cache keeps nothing of.
 
         The rows whose logits are wanted are padded too, with the last of them.
         """
-        brought = self._brought(requests)
         ids, positions, slots, last = brought.ids, brought.positions, brought.slots, brought.last
         query_lens, context_lens = brought.query_lens, brought.context_lens
         alphas = [request.alpha for request in requests]

@@ -27,29 +27,25 @@ def dequantised(weight: BlockedWeight, dtype: torch.dtype, out: torch.Tensor | N
         weight.codes, weight.scales, out, weight.out_features, ONE,
         IN=weight.in_features, BITS=weight.bits, BLOCK=weight.block,
         GROUP_WORDS=weight.group_size * weight.bits // 32, GROUPS=weight.scales.shape[1],
-        WORDS=weight.codes.shape[1], HAS_ZEROS=weight.has_zeros, TILE_OUT=rows, TILE_WORDS=words,
+        WORDS=weight.codes.shape[1], TILE_OUT=rows, TILE_WORDS=words,
         **options(out),
     )  # fmt: skip
     return out
 
 
 @triton.jit
-def _slope_and_offset(scale_ptr, group, mask, n: tl.constexpr, BITS: tl.constexpr, HAS_ZEROS: tl.constexpr):
+def _slope_and_offset(scale_ptr, group, mask, n: tl.constexpr, BITS: tl.constexpr):
     """a and b with scale * (q - zero) = a * (1 + q / 2^n) + b."""
     stored = tl.load(scale_ptr + group, mask=mask, other=0)
     scale = scale_in(stored)
-    if HAS_ZEROS:
-        zero = zero_in(stored)
-    else:
-        zero = 2.0 ** (BITS - 1)
-    return scale * 2.0**n, -scale * (2.0**n + zero)
+    return scale * 2.0**n, -scale * (2.0**n + zero_in(stored, BITS))
 
 
 @triton.jit
 def _dequantise(
     w_ptr, scale_ptr, out_ptr, rows, one,
     IN: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP_WORDS: tl.constexpr, GROUPS: tl.constexpr,
-    WORDS: tl.constexpr, HAS_ZEROS: tl.constexpr, TILE_OUT: tl.constexpr, TILE_WORDS: tl.constexpr,
+    WORDS: tl.constexpr, TILE_OUT: tl.constexpr, TILE_WORDS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_after_previous(OVERLAP)
@@ -61,7 +57,7 @@ def _dequantise(
     column = at // BLOCK_WORDS * BLOCK + at % BLOCK_WORDS
     group = row * GROUPS + at // GROUP_WORDS
     for j in tl.static_range(32 // BITS):
-        a, b = _slope_and_offset(scale_ptr, group, here, code_unit(j, BITS), BITS, HAS_ZEROS)
+        a, b = _slope_and_offset(scale_ptr, group, here, code_unit(j, BITS), BITS)
         w = code_as_float(words, one, j, BITS) * a + b
         i = column + j * BLOCK_WORDS
         tl.store(out_ptr + row.to(tl.int64) * IN + i, w.to(out_ptr.dtype.element_ty), mask=here & (i < IN))

@@ -189,12 +189,12 @@ def _scales(at, block, BLOCKS: tl.constexpr, GROUP_BLOCKS: tl.constexpr):
 def _scale_and_zero(stored, lane, t: tl.constexpr, INTERPRETED: tl.constexpr):
     """float32 scale and zero that the lane `t` of each four holds in `_scales`."""
     if stored.dtype == tl.float32:
-        return _of_lane(stored, lane, t, INTERPRETED), 8.0
+        return _of_lane(stored, lane, t, INTERPRETED), zero_in(stored, 4)
     elif stored.dtype == tl.int32 and not INTERPRETED:  # which exchanges floats, not bits
         word = _of_lane(stored.to(tl.float32, bitcast=True), lane, t, INTERPRETED).to(tl.int32, bitcast=True)
-        return scale_in(word), zero_in(word)
+        return scale_in(word), zero_in(word, 4)
     else:
-        return _of_lane(scale_in(stored), lane, t, INTERPRETED), _of_lane(zero_in(stored), lane, t, INTERPRETED)
+        return _of_lane(scale_in(stored), lane, t, INTERPRETED), _of_lane(zero_in(stored, 4), lane, t, INTERPRETED)
 
 
 @triton.jit

@@ -65,7 +65,7 @@ def int_matmul(
         x.values, weight.codes.view(torch.int8), weight.scales, x.units, bias, residual, out, parts,
         arrived, rows, weight.out_features, blocks, weight.scales.shape[1], triton.cdiv(blocks, splits),
         BLOCK=weight.block, BITS=weight.bits, GROUP_BLOCKS=max(1, weight.group_size // weight.block),
-        HAS_ZEROS=weight.has_zeros, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         TILE_M=tile_m, TILE_OUT=tile_out, SPLITS=splits, UNROLL=config.get("unroll", 1), WARPS=config["warps"],
         INTEGERS=x.integers, INTERPRETED=INTERPRETED, num_warps=config["warps"], num_stages=stages,
         **options(x.units),
@@ -178,7 +178,7 @@ def _less_middle(
         else:
             zeros = codes
             if FOLDED:
-                zeros = tl.broadcast_to(zero_in(scale).to(tl.int8)[:, None], codes.shape)
+                zeros = tl.broadcast_to(zero_in(scale, BITS).to(tl.int8)[:, None], codes.shape)
             halves = tl.join(
                 _half_floats(codes, zeros, dtype, False, FOLDED, INTERPRETED),
                 _half_floats(codes, zeros, dtype, True, FOLDED, INTERPRETED),
@@ -210,7 +210,7 @@ def _of_block(
 def _int_matmul(
     x_ptr, w_ptr, scale_ptr, unit_ptr, bias_ptr, residual_ptr, y_ptr, part_ptr, arrived_ptr,
     rows, outputs, blocks, groups, part,
-    BLOCK: tl.constexpr, BITS: tl.constexpr, GROUP_BLOCKS: tl.constexpr, HAS_ZEROS: tl.constexpr,
+    BLOCK: tl.constexpr, BITS: tl.constexpr, GROUP_BLOCKS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     TILE_M: tl.constexpr, TILE_OUT: tl.constexpr, SPLITS: tl.constexpr, UNROLL: tl.constexpr, WARPS: tl.constexpr,
     INTEGERS: tl.constexpr, INTERPRETED: tl.constexpr, OVERLAP: tl.constexpr,
@@ -218,8 +218,8 @@ def _int_matmul(
     BYTES: tl.constexpr = BLOCK * BITS // 8  # of a row in a block
     UNIT: tl.constexpr = 16 if INTEGERS and BITS == 4 else 1  # of the codes as they are multiplied
     MIDDLE: tl.constexpr = 2 ** (BITS - 1)  # what is taken from them, and the zero of a weight without zeros
-    FOLDED: tl.constexpr = HAS_ZEROS and BITS == 4 and not INTEGERS and scale_ptr.dtype.element_ty == tl.int32
-    SUMS: tl.constexpr = HAS_ZEROS and not FOLDED
+    FOLDED: tl.constexpr = BITS == 4 and not INTEGERS and scale_ptr.dtype.element_ty == tl.int32
+    SUMS: tl.constexpr = scale_ptr.dtype.element_ty.is_int() and not FOLDED  # where groups have zeros of their own
     tile_m, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     out = tile * TILE_OUT + tl.arange(0, TILE_OUT)
     row = tl.minimum(out, outputs - 1).to(tl.int64)  # rows beyond the end repeat the last one, and are not stored
@@ -252,7 +252,7 @@ def _int_matmul(
                 operand, x = operand.to(tl.float32), x.to(tl.float32)
             dots = tl.dot(operand, x, input_precision="ieee")
         if SUMS:
-            dots -= ((zero_in(scale) - MIDDLE) * UNIT)[:, None] * total[None, :]
+            dots -= ((zero_in(scale, BITS) - MIDDLE) * UNIT)[:, None] * total[None, :]
         acc += scale_in(scale)[:, None] * dots
         scale, unit, total = next_scale, next_unit, next_total
     acc *= 1.0 / UNIT

@@ -174,7 +174,7 @@ def int_matvec(
     constants = dict(
         IN=weight.in_features, OUT=weight.out_features, BITS=weight.bits, BLOCK=weight.block,
         GROUP_WORDS=weight.group_size * weight.bits // 32, GROUPS=weight.scales.shape[1], WORDS=words,
-        HAS_ZEROS=weight.has_zeros, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         HAS_NORM=norm is not None, HAS_PERM=weight.perm is not None, GATED=gated, INTERPRETED=INTERPRETED,
         M=1 << (rows - 1).bit_length(), TILE_OUT=config["rows"], TILE_WORDS=tile_words,
         EARLY=bool(config.get("early", 1)), num_warps=config["warps"], **options(x),
@@ -406,7 +406,7 @@ def _int_matvec(
     rows, eps, outputs, tiles, programs, nought,
     IN: tl.constexpr, OUT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
     GROUP_WORDS: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
-    HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr,
     HAS_PERM: tl.constexpr, GATED: tl.constexpr, INTERPRETED: tl.constexpr,
     M: tl.constexpr, TILE_OUT: tl.constexpr, TILE_WORDS: tl.constexpr, CHUNKS: tl.constexpr,
     EARLY: tl.constexpr, OVERLAP: tl.constexpr,
@@ -457,10 +457,7 @@ def _int_matvec(
                     origin = after_loads(nought, INTERPRETED)
             dots = _dot_quads(words, held[c][0], held[c][1], origin, M, BITS, INTERPRETED).to(tl.float32)
             dots *= held[c][3] / FACTOR
-            if HAS_ZEROS:
-                dots -= held[c][2] * zero_in(scale)
-            else:
-                dots -= held[c][2] * 2.0 ** (BITS - 1)
+            dots -= held[c][2] * zero_in(scale, BITS)
             total += scale_in(scale) * dots
             words, scale = next_words, next_scale
         y = tl.sum(total, axis=0)  # [TILE_OUT, M]
@@ -475,7 +472,7 @@ def _int_matvec_in_pieces(
     rows, eps, outputs, tiles, programs, nought,
     IN: tl.constexpr, OUT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
     GROUP_WORDS: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
-    HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr,
     HAS_PERM: tl.constexpr, GATED: tl.constexpr, INTERPRETED: tl.constexpr,
     M: tl.constexpr, TILE_OUT: tl.constexpr, TILE_WORDS: tl.constexpr, EARLY: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -514,10 +511,7 @@ def _int_matvec_in_pieces(
             )  # fmt: skip
             squares += square
             dots = _dot_quads(words, high, low, origin, M, BITS, INTERPRETED).to(tl.float32) * (unit / FACTOR)
-            if HAS_ZEROS:
-                dots -= unit * sums * zero_in(scale)
-            else:
-                dots -= unit * sums * 2.0 ** (BITS - 1)
+            dots -= unit * sums * zero_in(scale, BITS)
             total += scale_in(scale) * dots
             words, scale = next_words, next_scale
         y = tl.sum(total, axis=0)  # [TILE_OUT, M]

@@ -84,9 +84,11 @@ def scale_in(stored):
 
 
 @triton.jit
-def zero_in(stored):
-    """float32 zeros of words of `join_zeros`."""
+def zero_in(stored, BITS: tl.constexpr):
+    """Their float32 zeros: the middle code where a weight has scales alone."""
     if stored.dtype == tl.int64:
         return zero_of(stored)
+    elif stored.dtype != tl.int32:
+        return 2.0 ** (BITS - 1)
     else:
         return (stored >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)

@@ -177,10 +177,9 @@ def compile_prompt_attention(qkv: torch.Tensor, kv_heads: int, turn: Turn | None
     q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
     group = heads // kv_heads
     wanted = key("prompt_attention", (head_dim, group, 1)).removesuffix("1")
-    configs = [config for name, config in in_force().items() if name.startswith(wanted)]
-    for config in {
-        str(config): config for config in (*configs, _fastest(q.device, q.dtype, head_dim, group, 1))
-    }.values():
+    possible: list[dict[str, int] | None] = [config for name, config in in_force().items() if name.startswith(wanted)]
+    possible.append(_fastest(q.device, q.dtype, head_dim, group, 1))
+    for config in {str(config): config for config in possible}.values():
         if is_own(config):
             prompt_attention(q, k, v, starts[:2], starts[:2], tiles, 1.0, config, turn, before)
 
