@@ -16,6 +16,7 @@ from qwenfit.engine.padding import padded_sizes
 from qwenfit.kernels.choice import INT_MATMUL_ROWS
 from qwenfit.kernels.triton.dequantise import dequantised
 from qwenfit.kernels.triton.int_matvec import BlockedWeight
+from qwenfit.kernels.triton.product import takes_hopper
 from qwenfit.kernels.triton.prompt_attention import Turn
 from qwenfit.kernels.triton.ragged import compile_prompt_attention, rotate_in_place
 from qwenfit.kernels.wide import add_product, wide_product
@@ -55,10 +56,11 @@ def load_products(model: Transformer, cache: KVCache, max_rows: int, max_logits:
     assert isinstance(layer, Block)
     sizes = list(padded_sizes(max_rows))
     for linear in (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):
-        if linear.weight is not None and linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            _run(_add, linear.weight, sizes, torch.float32, cache.memory)
-        elif linear.weight is not None:
-            _run(partial(_linear, linear.bias), linear.weight, sizes, model.dtype, cache.memory)
+        if linear.weight is not None:
+            of_vendor = [rows for rows in sizes if not takes_hopper(linear.weight, rows, model.dtype)]
+            adds = linear in (layer.self_attn.o_proj, layer.mlp.down_proj)
+            run, dtype = (_add, torch.float32) if adds else (partial(_linear, linear.bias), model.dtype)
+            _run(run, linear.weight, of_vendor, dtype, cache.memory)
         elif isinstance(linear.packed, BlockedWeight):
             # For fewest rows the kernel is not always one that the decoding step has compiled: of a gate it has both.
             linear(torch.zeros(sizes[0], linear.packed.in_features, dtype=model.dtype, device=cache.memory.device))

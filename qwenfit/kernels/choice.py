@@ -14,6 +14,7 @@ KINDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # On a GPU, as measured on an H100 and an H200:
 MATVEC_ROWS = 4  # of activations with plain weights; above, the vendor's product wins
 TILES_ROWS = (3, 32)  # first and last, with plain weights of 16 bits on a Hopper, before either
+HOPPER_ROWS = 192  # last, with bfloat16 weights on a Hopper
 INT_MATVEC_ROWS = 2  # with int4 and int8 weights; above, the tensor cores win
 INT_LANES_ROWS = 8  # with int4 weights; above, tiles in shared memory win
 INT_MATMUL_ROWS = {

@@ -40,7 +40,7 @@ driver.set_active(Hopper())
 torch.cuda.get_device_capability = lambda *_: (9, 0)
 
 from qwenfit.kernels.triton.gate import silu_mul
-from qwenfit.kernels.triton.launch import compile_side_by_side
+from qwenfit.kernels.triton.launch import compile_side_by_side, compiled_instead
 
 
 @triton.jit
@@ -57,8 +57,13 @@ triton.knobs.compilation.listener = lambda **given: compiled.append(given["src"]
 x, before = torch.randn(4, 64, dtype=torch.bfloat16), JITFunction.run
 
 
+by = []
+
+
 def launch():
     broken[(1,)](x)
+    assert compiled_instead(lambda: by.append(threading.get_ident()))
+    assert compiled_instead(lambda: 1 / 0)
     for _ in range(3):
         silu_mul(x)
         silu_mul(x.half())
@@ -93,6 +98,7 @@ assert launched == ["_silu_mul"] and JITFunction.run is before  # what it had no
 launched.clear(), compiled.clear()
 compile_side_by_side(launch)
 assert not launched and JITFunction.run is before
+assert by and by != [threading.get_ident()] and not compiled_instead(by.clear)  # what is not Triton's: waited for
 assert sorted(compiled) == ["_silu_mul", "_silu_mul"], compiled
 silu_mul(x), silu_mul(x.half())
 assert len(compiled) == 2 and launched == ["_silu_mul", "_silu_mul"], (compiled, launched)

@@ -8,7 +8,8 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime.jit import JITFunction
 
 _COMPILING = threading.Lock()
+_compiling: _Compiling | None = None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -97,6 +99,27 @@ class _Loading(ThreadPoolExecutor):
 
         return super().submit(load)
 
+    def also(self, compile: Callable[[], object]) -> Future[object]:
+        """Compile what is not Triton's."""
+        return super().submit(lambda: None if self.given_up else compile())
+
+
+@dataclass
+class _Compiling:
+    """What `compile_side_by_side` is doing, on behalf of a thread."""
+
+    thread: int
+    threads: _Loading
+    others: list[Future[object]] = field(default_factory=list)  # what is not Triton's
+
+
+def compiled_instead(compile: Callable[[], object]) -> bool:
+    """Whether this is within `compile_side_by_side`: one of its threads compiles then, nothing is to be launched."""
+    if _compiling is None or _compiling.thread != threading.get_ident():
+        return False
+    _compiling.others.append(_compiling.threads.also(compile))
+    return True
+
 
 def compile_side_by_side(launch: Callable[[], object]) -> None:
     """Compile and load the kernels that `launch` launches, on all cores, and run none of them.
@@ -104,6 +127,7 @@ def compile_side_by_side(launch: Callable[[], object]) -> None:
     One after the other they take a minute where none has been compiled before. What fails here is met again, and told
     of, where it is launched.
     """
+    global _compiling
     if INTERPRETED or not hasattr(triton, "AsyncCompileMode"):
         return
     on_device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_available() else (None, ())
@@ -118,6 +142,7 @@ def compile_side_by_side(launch: Callable[[], object]) -> None:
             return run(self, *arguments, grid=grid, warmup=warmup, **options)
 
         threads = _Loading(min(16, os.cpu_count() or 1), "compile", *on_device)
+        _compiling = mine_now = _Compiling(mine, threads)
 
         def launch_and_wait() -> None:
             with contextlib.suppress(Exception), triton.AsyncCompileMode(threads, ignore_errors=True):
@@ -131,13 +156,14 @@ def compile_side_by_side(launch: Callable[[], object]) -> None:
         JITFunction.run = only_compile
         try:
             contextvars.copy_context().run(launch_and_wait)  # an interrupted mode is on in its own context only
+            wait(mine_now.others)
         except BaseException:
             threads.given_up = True
             with contextlib.suppress(ImportError, AttributeError):  # of a Triton that keeps them elsewhere
                 _forget_unmade(seen)
             raise
         finally:
-            JITFunction.run = run
+            JITFunction.run, _compiling = run, None
             threads.shutdown(wait=False)
 
 

@@ -7,7 +7,15 @@ from typing import TypeGuard
 import torch
 from torch.nn.functional import linear
 
-from qwenfit.kernels.choice import INT_LANES_ROWS, INT_MATMUL_ROWS, INT_MATVEC_ROWS, MATVEC_ROWS, TILES_ROWS
+from qwenfit.kernels.choice import (
+    HOPPER_ROWS,
+    INT_LANES_ROWS,
+    INT_MATMUL_ROWS,
+    INT_MATVEC_ROWS,
+    MATVEC_ROWS,
+    TILES_ROWS,
+)
+from qwenfit.kernels.hopper.product import has_hopper_product, hopper_product
 from qwenfit.kernels.triton import bf16_matvec, int_matvec
 from qwenfit.kernels.triton.arrange import Arranged, arrange
 from qwenfit.kernels.triton.bf16_tiles import bf16_tiles, has_bf16_tiles
@@ -56,14 +64,20 @@ def product(
         return bf16_matvec.bf16_matvec(x, weight, bias, residual, norm, eps, gated, wanted, out)
     if norm is not None:
         x, _ = add_norm(x, None, norm, eps)
-    if _has_tiles(weight, rows, x.dtype):
+    unpacked = isinstance(weight, BlockedWeight)
+    if isinstance(weight, BlockedWeight):
+        x = x if weight.perm is None else x.index_select(1, weight.perm)
+        weight = dequantised(weight, x.dtype)
+    elif _has_tiles(weight, rows, x.dtype):
         return bf16_tiles(x, weight, bias, residual, gated, wanted, out)
-    if isinstance(weight, torch.Tensor) and bias is None and not gated:
+    if takes_hopper(weight, rows, x.dtype) and (residual is None or residual.dtype == torch.float32):
+        return hopper_product(x, weight, bias, residual, gated, wanted, out, early=not unpacked)
+    if bias is None and not gated:
         if residual is not None:
             return add_product(residual, x, weight)
         if wanted != x.dtype:
             return wide_product(x, weight, out)
-    y = many_rows(x, weight, bias)
+    y = linear(x, weight, bias)
     y = silu_mul(y) if gated else y
     return y.to(wanted) if residual is None else residual.add_(y)
 
@@ -101,6 +115,12 @@ def _has_tiles(weight: Weight, rows: int, dtype: torch.dtype) -> TypeGuard[torch
     """Whether `bf16_tiles` takes the weight and so many rows of `dtype`."""
     some = TILES_ROWS[0] <= rows <= TILES_ROWS[1]
     return some and isinstance(weight, torch.Tensor) and weight.dtype == dtype and has_bf16_tiles(weight)
+
+
+def takes_hopper(weight: Weight, rows: int, dtype: torch.dtype) -> TypeGuard[torch.Tensor]:
+    """Whether `hopper_product` multiplies so many rows of `dtype` by the weight, more than kernels of few rows take."""
+    some = TILES_ROWS[1] < rows <= HOPPER_ROWS
+    return some and isinstance(weight, torch.Tensor) and weight.dtype == dtype and has_hopper_product(weight)
 
 
 def _has_lanes(weight: Weight, x: torch.Tensor) -> TypeGuard[BlockedWeight]:

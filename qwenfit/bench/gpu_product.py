@@ -1,0 +1,147 @@
+"""The best layouts of the Hopper's product of many rows: `python -m qwenfit.bench.gpu_product --out FOLDER`.
+
+Each shape and number of rows is timed in some layouts, beside the vendor's library with what the kernel does besides
+(the gate, the sum with the residual, the bias); every launch reads weights that no cache holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn.functional import linear
+
+from qwenfit.bench.gpu_common import Figures, need_gpu, record_head, relative_error
+from qwenfit.bench.gpu_kernels import SHAPES, copies, random_plain, time_us
+from qwenfit.kernels.hopper import product
+from qwenfit.kernels.hopper.product import LEAST_COLUMNS, MOST_COLUMNS, Layout, hopper_product
+from qwenfit.kernels.triton.gate import silu_mul
+from qwenfit.kernels.wide import add_product
+
+ROWS = (48, 64, 96, 128, 160, 192)
+
+
+def layouts(rows: int, inputs: int, out: int, gated: bool, cores: int) -> Iterable[Layout]:
+    """Those that fill the card once, twice or three times."""
+    room, step, seen = max(64, -(-rows // 32) * 32), 16 if gated else 8, set()
+    for programs, splits in itertools.product((cores, 120, 2 * cores, 3 * cores), (1,) if gated else (1, 2, 3, 4)):
+        if inputs // 64 < 4 * splits or splits * programs > 4 * cores:
+            continue
+        columns = max(LEAST_COLUMNS, -(-out * splits // (programs * step)) * step)
+        layout = Layout(room, columns, splits)
+        fits = splits == 1 or 256 * layout.groups * (columns + 8) <= layout.shared
+        if columns <= MOST_COLUMNS[gated][layout.groups - 1] and fits and layout not in seen:
+            seen.add(layout)
+            yield layout
+
+
+def time_shape(shape: tuple[int, int, bool, bool, bool], rows: int, repeat: bool = True) -> Figures:
+    inputs, out, gated, _, added = shape
+    outputs = out // 2 if gated else out
+    weights = copies(partial(random_plain, inputs, out), inputs * out * 2)
+    weights = weights * max(1, 24 // len(weights)) if repeat else weights
+    x = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16)
+    bias = None if gated or added else torch.randn(out, device="cuda", dtype=torch.bfloat16)
+    total = torch.randn(rows, outputs, device="cuda") if added else None
+    exact = linear(x.float(), weights[0].float(), None if bias is None else bias.float())
+    if gated:
+        exact = torch.nn.functional.silu(exact[:, :outputs]) * exact[:, outputs:]
+    y = torch.empty(rows, outputs, device="cuda", dtype=torch.bfloat16)
+
+    def vendor(weight: torch.Tensor) -> object:
+        if total is not None:
+            return add_product(total, x, weight)
+        both = linear(x, weight, bias)
+        return silu_mul(both) if gated else both
+
+    cores = torch.cuda.get_device_properties().multi_processor_count
+    tried = list(layouts(rows, inputs, out, gated, cores))
+    with ThreadPoolExecutor(16) as pool:  # compiles
+        for layout in tried:
+            pool.submit(_compiled, layout, gated, added, bias is not None, x.device)
+    timed: list[tuple[float, Layout]] = []
+    errors = []
+    for layout in tried:
+        try:
+            if total is not None:
+                got = hopper_product(x, weights[0], residual=torch.ones_like(total), layout=layout) - 1
+            else:
+                got = hopper_product(x, weights[0], bias, None, gated, None, y.fill_(torch.nan), layout)
+            errors.append(relative_error(got, exact))
+            if not errors[-1] < 1e-2:
+                print("WRONG", shape, rows, layout, errors[-1], flush=True)
+                continue
+            run: list[Callable[[], object]] = [
+                partial(hopper_product, x, one, bias, total, gated, None, None if added else y, layout)
+                for one in weights
+            ]
+            timed.append((time_us(run), layout))
+        except Exception as failure:
+            print(shape, rows, layout, repr(failure)[:200], flush=True)
+    timed.sort(key=lambda pair: pair[0])
+    theirs = time_us([partial(vendor, one) for one in weights])
+    if not timed:
+        return {"shape": f"{inputs}->{out}", "rows": rows, "vendor_us": theirs}
+    us, layout = timed[0]
+    return {
+        "shape": f"{inputs}->{out}", "gated": gated, "rows": rows, "us": us, "vendor_us": theirs,
+        "layout": astuple(layout),
+        "gb_s": weights[0].nbytes / us / 1e3, "tflops": 2e-6 * rows * inputs * out / us, "error": max(errors),
+        "all": [(round(each, 2), astuple(used)) for each, used in timed],
+    }  # fmt: skip
+
+
+def _compiled(layout: Layout, gated: bool, added: bool, bias: bool, device: torch.device) -> None:
+    with torch.cuda.device(device):
+        product._kernel(layout, gated, added, added, bias, True, device)
+
+
+def _text(line: Figures) -> str:
+    if "us" not in line:
+        return f"{line['shape']:13} x{line['rows']:<4} none; vendor {line['vendor_us']:.1f}"
+    return (
+        f"{line['shape']:13} x{line['rows']:<4} {line['us']:7.1f} us, vendor {line['vendor_us']:7.1f} "
+        f"({line['us'] / line['vendor_us'] - 1:+.0%}) {line['gb_s']:5.0f} GB/s {line['tflops']:4.0f} TFLOP/s "
+        f"error {line['error']:.0e} {line['layout']}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(), help="folder of the record")
+    parser.add_argument("--models", default="Qwen-7B", help="whose shapes")
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)))
+    parser.add_argument("--seconds", type=float, default=120)
+    options = parser.parse_args()
+    need_gpu()
+    torch.manual_seed(0)
+    began = time.perf_counter()
+    lines: list[Figures] = []
+    for rows in map(int, options.rows.split(",")):
+        for model in options.models.split(","):
+            for shape in SHAPES[model]:
+                if time.perf_counter() - began > options.seconds:
+                    break
+                try:
+                    lines.append(time_shape(shape, rows))
+                    print(_text(lines[-1]), flush=True)
+                except Exception:
+                    traceback.print_exc()
+                torch.cuda.empty_cache()
+    options.out.mkdir(parents=True, exist_ok=True)
+    record = {**record_head("gpu product"), "rows": lines}
+    (options.out / "gpu-product.json").write_text(json.dumps(record, indent=1) + "\n")
+    print("\n".join(map(_text, lines)))
+
+
+if __name__ == "__main__":
+    main()
