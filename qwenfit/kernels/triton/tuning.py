@@ -149,10 +149,7 @@ def _rule(kernel: str, shape: tuple[int, ...]) -> Config:
         programs = _cores() * max(1, 16 // warps)
         return {"rows": 4 if rows <= 4 else 2, "words": words, "warps": warps, "programs": programs}
     if kernel == "bf16_matvec":
-        if rows == 1 and 1024 < shape[0] <= 3072 and shape[1] > 24 * _cores():
-            return {"rows": 2, "columns": 512, "warps": 2}
-        few = rows == 1 and shape[0] > 3072 and shape[1] <= 24 * _cores()
-        return {"rows": 2 if few or rows > 4 else 4, "columns": 1024, "warps": 4}
+        return _bf16_rule(*shape) if rows == 1 else {"rows": 2 if rows > 4 else 4, "columns": 1024, "warps": 4}
     if kernel == "bf16_tiles":
         return _tiles_rule(bool(shape[0]), shape[2] // (1 + shape[0]))
     if kernel == "int_lanes":
@@ -175,6 +172,22 @@ def _rule(kernel: str, shape: tuple[int, ...]) -> Config:
     if rows >= 128:  # where what is read before its turn is a small part, and room for more programs counts
         return {"tokens": 64, "warps": 2, "stages": 5 if shape[0] == 1 else 3}
     return {"tokens": 64, "warps": 2 if shape[0] == 1 else 4}
+
+
+def _bf16_rule(inputs: int, outputs: int, _: int) -> Config:
+    """For one row of activations: few outputs, wide tiles; many, small programs for short rows."""
+    cores = _cores()
+    if outputs > 24 * cores:
+        if 1024 < inputs <= 3072:
+            wide = inputs > 2048
+            return {"rows": 2, "columns": 512 if wide else 256, "warps": 2 if wide else 1}
+        if inputs <= 1024 and outputs > 48 * cores:
+            return {"rows": 4, "columns": 512, "warps": 1}
+    elif inputs > 3072 and outputs > 16 * cores:
+        return {"rows": 2, "columns": 1024, "warps": 4}
+    elif inputs > 1024:
+        return {"rows": 4, "columns": 2048, "warps": 8}
+    return {"rows": 4, "columns": 1024, "warps": 4}
 
 
 def _matvec_rule(bits: int, needed: int, outputs: int) -> Config:
