@@ -82,6 +82,8 @@ CHECKS = [  # precision of the layers, KV cache, model, sequences
     *(("int8", "bf16", f"Qwen2.5-{size}", 1) for size in ("1.5B", "14B", "32B")),
     *(("bf16", "bf16", f"Qwen2.5-{size}", 1) for size in ("0.5B", "3B")),
     ("bf16", "int8", "Qwen3-4B", 1),
+    *(("bf16", "bf16", name, count) for name, count in (("Qwen-7B", 100), ("Qwen-1.8B", 192), ("Qwen2.5-7B", 130))),
+    ("int8", "bf16", "Qwen-7B", 150),  # unpacked
 ]
 WITHOUT = [(2, "early"), (4, "early")]  # index of RUNS, what it is run without
 LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")

@@ -1,17 +1,19 @@
 """The best layouts of the Hopper's product of many rows: `python -m qwenfit.bench.gpu_product --out FOLDER`.
 
 Each shape and number of rows is timed in some layouts, beside the vendor's library with what the kernel does besides
-(the gate, the sum with the residual, the bias); every launch reads weights that no cache holds.
+(the gate, the sum with the residual, the bias); every launch reads weights that no cache holds. Then whole steps of a
+few layers, of sequences with short contexts, by the vendor's library and by the kernel.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from functools import partial
@@ -21,13 +23,18 @@ import torch
 from torch.nn.functional import linear
 
 from qwenfit.bench.gpu_common import Figures, need_gpu, record_head, relative_error
+from qwenfit.bench.gpu_decode import random_model, start
 from qwenfit.bench.gpu_kernels import SHAPES, copies, random_plain, time_us
+from qwenfit.bench.gpu_search import REPLAYS, milliseconds, shortened
+from qwenfit.checkpoint.resolve import resolve_model
 from qwenfit.kernels.hopper import product
 from qwenfit.kernels.hopper.product import LEAST_COLUMNS, MOST_COLUMNS, Layout, hopper_product
 from qwenfit.kernels.triton.gate import silu_mul
+from qwenfit.kernels.triton.launch import device_limits
 from qwenfit.kernels.wide import add_product
 
 ROWS = (48, 64, 96, 128, 160, 192)
+CONTEXT = 100
 
 
 def layouts(rows: int, inputs: int, out: int, gated: bool, cores: int) -> Iterable[Layout]:
@@ -100,6 +107,35 @@ def time_shape(shape: tuple[int, int, bool, bool, bool], rows: int, repeat: bool
     }  # fmt: skip
 
 
+def time_steps(name: str, rows: Iterable[int]) -> list[Figures]:
+    """Milliseconds of a decoding step with bfloat16 weights: the better of two, in turn."""
+    config = shortened(resolve_model(name), "bf16")
+    model = random_model(config, "bf16")
+    lines = []
+    for batch in rows:
+        step = start(model, "bf16", CONTEXT, 4 * REPLAYS, batch)
+        times: dict[str, list[float]] = {"vendor_ms": [], "ms": []}
+        for _ in range(2):
+            with by_vendor():
+                times["vendor_ms"].append(milliseconds(step))
+            times["ms"].append(milliseconds(step))
+        best = {way: min(each) for way, each in times.items()}
+        lines.append({"model": name, "layers": config.num_layers, "sequences": batch, "context": CONTEXT, **best})
+        print(f"{name} x{batch}: {best['vendor_ms']:.4f} -> {best['ms']:.4f} ms", flush=True)
+    return lines
+
+
+@contextlib.contextmanager
+def by_vendor() -> Iterator[None]:
+    """The kernel is not taken."""
+    before = product.why_not
+    setattr(product, "why_not", lambda _: "not now")  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(product, "why_not", before)  # noqa: B010
+
+
 def _compiled(layout: Layout, gated: bool, added: bool, bias: bool, device: torch.device) -> None:
     with torch.cuda.device(device):
         product._kernel(layout, gated, added, added, bias, True, device)
@@ -119,6 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(), help="folder of the record")
     parser.add_argument("--models", default="Qwen-7B", help="whose shapes")
+    parser.add_argument("--steps", default="", metavar="MODELS", help="whose steps")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     parser.add_argument("--seconds", type=float, default=120)
     options = parser.parse_args()
@@ -137,8 +174,10 @@ def main() -> None:
                 except Exception:
                     traceback.print_exc()
                 torch.cuda.empty_cache()
+    sizes = [int(rows) for rows in options.rows.split(",")]
+    steps = [line for model in options.steps.split(",") if model for line in time_steps(model, sizes)]
     options.out.mkdir(parents=True, exist_ok=True)
-    record = {**record_head("gpu product"), "rows": lines}
+    record = {**record_head("gpu product"), "limits": device_limits(), "rows": lines, "steps": steps}
     (options.out / "gpu-product.json").write_text(json.dumps(record, indent=1) + "\n")
     print("\n".join(map(_text, lines)))
 
