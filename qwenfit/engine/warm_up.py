@@ -57,7 +57,8 @@ def load_products(model: Transformer, cache: KVCache, max_rows: int, max_logits:
     sizes = list(padded_sizes(max_rows))
     for linear in (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):
         if linear.weight is not None:
-            of_vendor = [rows for rows in sizes if not takes_hopper(linear.weight, rows, model.dtype)]
+            own = linear in (layer.mlp.gate_up_proj, layer.mlp.down_proj)
+            of_vendor = [rows for rows in sizes if not (own and takes_hopper(linear.weight, rows, model.dtype))]
             adds = linear in (layer.self_attn.o_proj, layer.mlp.down_proj)
             run, dtype = (_add, torch.float32) if adds else (partial(_linear, linear.bias), model.dtype)
             _run(run, linear.weight, of_vendor, dtype, cache.memory)

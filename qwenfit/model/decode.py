@@ -86,7 +86,9 @@ class DecodeStep:
         angles = Angles(self._cos, self._sin, scale)
         new = new_tokens(attention, angles, self.buffers.slots, self.cache)
         norm = layer.input_layernorm
-        qkv = product(x, weight_of(attention.qkv_proj), attention.qkv_proj.bias, None, norm.weight, norm.eps)
+        qkv = product(
+            x, weight_of(attention.qkv_proj), attention.qkv_proj.bias, None, norm.weight, norm.eps, near_attention=True
+        )
         out = decode_step_attention(
             qkv.view(len(x), -1, attention.head_dim),
             new,
@@ -96,7 +98,7 @@ class DecodeStep:
             attention.head_dim**-0.5,
             parts=parts,
         )
-        x = product(out, weight_of(attention.o_proj), residual=x)
+        x = product(out, weight_of(attention.o_proj), residual=x, near_attention=True)
         norm = layer.post_attention_layernorm
         return feed_forward(x, weight_of(mlp.gate_up_proj), weight_of(mlp.down_proj), norm.weight, norm.eps)
 

@@ -66,8 +66,8 @@ def run_layers(
             out, x = out[rows], x[rows]
             if len(rows) == 0:
                 return x
-        normed, x = _add_and_norm(layer.self_attn.o_proj, out, x, layer.post_attention_layernorm)
-        inner = _multiplied(layer.mlp.gate_up_proj, normed, gated=True)
+        normed, x = _add_and_norm(layer.self_attn.o_proj, out, x, layer.post_attention_layernorm, True)
+        inner = _gated(layer.mlp.gate_up_proj, normed)
         normed, x = _add_and_norm(
             layer.mlp.down_proj, inner, x, model.norm if last else blocks[index + 1].input_layernorm
         )
@@ -82,23 +82,22 @@ def _kinds(block: Block) -> tuple[object, ...]:
     return tuple((p.bits, p.block, p.scales.dtype, p.perm is None) for p in packed if isinstance(p, BlockedWeight))
 
 
-def _multiplied(linear: torch.nn.Module, x: torch.Tensor, gated: bool = False) -> torch.Tensor:
-    """linear(x), or of its halves silu(gate) * up."""
+def _gated(linear: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of the halves of linear(x)."""
     if type(linear) is Linear and linear.weight is not None and takes_hopper(linear.weight, len(x), x.dtype):
-        return product(x, linear.weight, linear.bias, gated=gated)
-    y: torch.Tensor = linear(x)
-    return silu_mul(y) if gated else y
+        return product(x, linear.weight, linear.bias, gated=True)
+    return silu_mul(linear(x))
 
 
 def _add_and_norm(
-    linear: torch.nn.Module, y: torch.Tensor, x: torch.Tensor, norm: RMSNorm
+    linear: torch.nn.Module, y: torch.Tensor, x: torch.Tensor, norm: RMSNorm, near_attention: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(norm(x + linear(y)), x + linear(y)) of float32 x, which may be overwritten."""
     if type(linear) is Linear and linear.bias is None:
         if linear.weight is not None:
-            add = product if takes_hopper(linear.weight, len(y), y.dtype) else None
-            x = add(y, linear.weight, residual=x) if add else add_product(x, y, linear.weight)
-            return add_norm(x, None, norm.weight, norm.eps)
+            if not near_attention and takes_hopper(linear.weight, len(y), y.dtype):
+                return add_norm(product(y, linear.weight, residual=x), None, norm.weight, norm.eps)
+            return add_norm(add_product(x, y, linear.weight), None, norm.weight, norm.eps)
         packed = linear.packed
         if isinstance(packed, BlockedWeight) and len(y) <= INT_MATMUL_ROWS[packed.bits]:  # as the decoding step does
             return add_norm(product(y, packed, residual=x), None, norm.weight, norm.eps)
@@ -115,5 +114,5 @@ def _attend(
     plan: RaggedPlan,
 ) -> torch.Tensor:
     new = new_tokens(attention, angles, slots, cache)
-    qkv = _multiplied(attention.qkv_proj, normed).view(len(normed), -1, attention.head_dim)
+    qkv = attention.qkv_proj(normed).view(len(normed), -1, attention.head_dim)
     return ragged_attention(qkv, new, cache.layers[index], plan, attention.head_dim**-0.5)

@@ -146,7 +146,22 @@ def _gpu_block_checks() -> list[Check]:
     return [
         Check("kernel", "ok", f"{what}, decode: triton, one CUDA graph a step (nothing waits for the host)"),
         Check("kernel", "ok", f"{what}, prompt: triton (ragged attention over the paged cache)"),
+        _many_rows_check(),
     ]
+
+
+def _many_rows_check() -> Check:
+    import torch
+
+    from qwenfit.kernels.choice import HOPPER_ROWS, TILES_ROWS
+    from qwenfit.kernels.hopper.product import why_not
+
+    what, missing = f"bf16 {TILES_ROWS[1] + 1} to {HOPPER_ROWS} rows", why_not(torch.device("cuda", 0))
+    if not missing:
+        return Check(
+            "kernel", "ok", f"{what}: CUDA C++ (the MLP and the head; the weights come before they are needed)"
+        )
+    return Check("kernel", "note", f"{what}: torch (the faster kernel is not taken: {missing})")
 
 
 def report(checks: list[Check]) -> str:

@@ -40,11 +40,13 @@ def product(
     gated: bool = False,
     dtype: torch.dtype | None = None,
     out: torch.Tensor | None = None,
+    near_attention: bool = False,
 ) -> torch.Tensor:
     """What `bf16_matvec_reference` and `int_matvec_reference` say, for any number of rows.
 
     The result has the residual's dtype, else `dtype` (plain weights only), else the model's: that of `norm`, or of x.
-    With a norm x may be float32. A residual may be overwritten, and be the result.
+    With a norm x may be float32. A residual may be overwritten, and be the result. near_attention: it is the kernel
+    after this one, or before: it is slower beside programs that each take all of a core's shared memory.
     """
     rows, model_dtype = x.shape[0], x.dtype if norm is None else norm.dtype
     wanted = residual.dtype if residual is not None else dtype or model_dtype
@@ -70,7 +72,8 @@ def product(
         weight = dequantised(weight, x.dtype)
     elif _has_tiles(weight, rows, x.dtype):
         return bf16_tiles(x, weight, bias, residual, gated, wanted, out)
-    if takes_hopper(weight, rows, x.dtype) and (residual is None or residual.dtype == torch.float32):
+    known = residual is None or residual.dtype == torch.float32
+    if known and not near_attention and takes_hopper(weight, rows, x.dtype):
         return hopper_product(x, weight, bias, residual, gated, wanted, out, early=not unpacked)
     if bias is None and not gated:
         if residual is not None:
