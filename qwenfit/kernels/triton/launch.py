@@ -99,9 +99,9 @@ class _Loading(ThreadPoolExecutor):
 
         return super().submit(load)
 
-    def also(self, compile: Callable[[], object]) -> Future[object]:
+    def also(self, make: Callable[[], object]) -> Future[object]:
         """Compile what is not Triton's."""
-        return super().submit(lambda: None if self.given_up else compile())
+        return super().submit(lambda: None if self.given_up else make())
 
 
 @dataclass
@@ -113,11 +113,11 @@ class _Compiling:
     others: list[Future[object]] = field(default_factory=list)  # what is not Triton's
 
 
-def compiled_instead(compile: Callable[[], object]) -> bool:
+def compiled_instead(make: Callable[[], object]) -> bool:
     """Whether this is within `compile_side_by_side`: one of its threads compiles then, nothing is to be launched."""
     if _compiling is None or _compiling.thread != threading.get_ident():
         return False
-    _compiling.others.append(_compiling.threads.also(compile))
+    _compiling.others.append(_compiling.threads.also(make))
     return True
 
 
