@@ -2,7 +2,7 @@
 
 Each shape and number of rows is timed in some layouts, beside the vendor's library with what the kernel does besides
 (the gate, the sum with the residual, the bias); every launch reads weights that no cache holds. Then whole steps of a
-few layers, of sequences with short contexts, by the vendor's library and by the kernel.
+few layers: by the vendor's library, as it is, and with the kernel beside attention too.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch.nn.functional import linear
@@ -31,10 +32,11 @@ from qwenfit.kernels.hopper import product
 from qwenfit.kernels.hopper.product import LEAST_COLUMNS, MOST_COLUMNS, Layout, hopper_product
 from qwenfit.kernels.triton.gate import silu_mul
 from qwenfit.kernels.triton.launch import device_limits
+from qwenfit.kernels.triton.product import product as any_product
 from qwenfit.kernels.wide import add_product
+from qwenfit.model import decode
 
 ROWS = (48, 64, 96, 128, 160, 192)
-CONTEXT = 100
 
 
 def layouts(rows: int, inputs: int, out: int, gated: bool, cores: int) -> Iterable[Layout]:
@@ -107,33 +109,40 @@ def time_shape(shape: tuple[int, int, bool, bool, bool], rows: int, repeat: bool
     }  # fmt: skip
 
 
-def time_steps(name: str, rows: Iterable[int]) -> list[Figures]:
-    """Milliseconds of a decoding step with bfloat16 weights: the better of two, in turn."""
+def time_steps(name: str, rows: Iterable[int], contexts: Iterable[int], kv: str) -> list[Figures]:
+    """Milliseconds of a decoding step with bfloat16 weights in three ways: the better of two, in turn."""
     config = shortened(resolve_model(name), "bf16")
     model = random_model(config, "bf16")
     lines = []
-    for batch in rows:
-        step = start(model, "bf16", CONTEXT, 4 * REPLAYS, batch)
-        times: dict[str, list[float]] = {"vendor_ms": [], "ms": []}
-        for _ in range(2):
-            with by_vendor():
-                times["vendor_ms"].append(milliseconds(step))
-            times["ms"].append(milliseconds(step))
+    for context, batch in itertools.product(contexts, rows):
+        step = start(model, kv, context, 4 * REPLAYS, batch)
+        times: dict[str, list[float]] = {way: [] for way in WAYS}
+        for way in [*WAYS] * 2:
+            with WAYS[way]():
+                times[way].append(milliseconds(step))
         best = {way: min(each) for way, each in times.items()}
-        lines.append({"model": name, "layers": config.num_layers, "sequences": batch, "context": CONTEXT, **best})
-        print(f"{name} x{batch}: {best['vendor_ms']:.4f} -> {best['ms']:.4f} ms", flush=True)
+        about = {"model": name, "layers": config.num_layers, "kv_cache": kv, "sequences": batch, "context": context}
+        lines.append(about | best)
+        print(f"{name} {kv} x{batch} {context}: " + " ".join(f"{way} {ms:.4f}" for way, ms in best.items()), flush=True)
+        del step
     return lines
 
 
-@contextlib.contextmanager
-def by_vendor() -> Iterator[None]:
+def by_vendor() -> contextlib.AbstractContextManager[object]:
     """The kernel is not taken."""
-    before = product.why_not
-    setattr(product, "why_not", lambda _: "not now")  # noqa: B010
-    try:
-        yield
-    finally:
-        setattr(product, "why_not", before)  # noqa: B010
+    return patch.object(product, "why_not", lambda _: "not now")
+
+
+def everywhere() -> contextlib.AbstractContextManager[object]:
+    """The kernel is taken beside attention too."""
+    return patch.object(
+        decode, "product", lambda *given, near_attention=False, **named: any_product(*given, **named)
+    )  # fmt: skip
+
+
+WAYS: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
+    "vendor_ms": by_vendor, "ms": contextlib.nullcontext, "everywhere_ms": everywhere,
+}  # fmt: skip
 
 
 def _compiled(layout: Layout, gated: bool, added: bool, bias: bool, device: torch.device) -> None:
@@ -156,6 +165,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(), help="folder of the record")
     parser.add_argument("--models", default="Qwen-7B", help="whose shapes")
     parser.add_argument("--steps", default="", metavar="MODELS", help="whose steps")
+    parser.add_argument("--contexts", default="100", help="tokens of the steps' sequences")
+    parser.add_argument("--kv-caches", default="bf16", help="of the steps: bf16, int8")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     parser.add_argument("--seconds", type=float, default=120)
     options = parser.parse_args()
@@ -175,7 +186,14 @@ def main() -> None:
                     traceback.print_exc()
                 torch.cuda.empty_cache()
     sizes = [int(rows) for rows in options.rows.split(",")]
-    steps = [line for model in options.steps.split(",") if model for line in time_steps(model, sizes)]
+    contexts = [int(context) for context in options.contexts.split(",")]
+    steps = [
+        line
+        for model in options.steps.split(",")
+        if model
+        for kv in options.kv_caches.split(",")
+        for line in time_steps(model, sizes, contexts, kv)
+    ]
     options.out.mkdir(parents=True, exist_ok=True)
     record = {**record_head("gpu product"), "limits": device_limits(), "rows": lines, "steps": steps}
     (options.out / "gpu-product.json").write_text(json.dumps(record, indent=1) + "\n")
