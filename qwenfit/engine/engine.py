@@ -47,6 +47,13 @@ class Flight:
     left: Iterator[tuple[Request, int, TokenLogprob | None]] | None = None  # once read: what is not handed out
 
 
+def check_whole(**given: object) -> None:
+    """Raise UsageError where something given is neither None nor a whole number."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, int):
+            raise UsageError(f"{name} is a whole number, and {value!r} was given.")
+
+
 class Engine:
     """Add requests, then call `step` while there are any. One thread at a time; its memory does not grow, but for the
     host's that `swap_bytes` allow.
@@ -77,6 +84,10 @@ class Engine:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         max_model_len = config.context_length if max_model_len is None else max_model_len
+        check_whole(
+            max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens,
+            max_queue=max_queue, swap_bytes=swap_bytes,
+        )  # fmt: skip
         if min(max_model_len, max_num_seqs) < 1:
             raise UsageError("max_model_len and max_num_seqs are at least 1.")
         if swap_bytes < 0:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 import torch
 
 from qwenfit.config import ModelConfig
-from qwenfit.engine.engine import Engine
+from qwenfit.engine.engine import Engine, check_whole
 from qwenfit.engine.output import Delta, RequestOutput, collect
 from qwenfit.engine.params import SamplingParams
 from qwenfit.engine.runner import Network
@@ -134,6 +134,10 @@ class LLM:
         prefix_cache: bool = True,
         swap_bytes: int | None = None,
     ) -> None:
+        check_whole(
+            max_model_len=max_model_len, max_num_seqs=max_num_seqs, num_blocks=num_blocks, kv_bytes=kv_bytes,
+            block_size=block_size, swap_bytes=swap_bytes,
+        )  # fmt: skip
         self.config, self.tokenizer, self.device = config, tokenizer, device
         if torch.device(device).type == "cuda":
             torch.cuda.empty_cache()

@@ -59,15 +59,16 @@ def run_layers(
     x = embedding(input_ids, model.embed_tokens.weight).float()
     first = blocks[0].input_layernorm
     normed, x = add_norm(x, None, first.weight, first.eps)
+    near = plan.singles > 0 or plan.context_slots is not None  # attention that takes long; see `product`
     for index, layer in enumerate(blocks):
-        out = _attend(layer.self_attn, index, normed, angles, slots, cache, plan)
+        out = _attend(layer.self_attn, index, normed, angles, slots, cache, plan, near)
         last = index + 1 == len(blocks)
         if last and rows is not None:
             out, x = out[rows], x[rows]
             if len(rows) == 0:
                 return x
-        normed, x = _add_and_norm(layer.self_attn.o_proj, out, x, layer.post_attention_layernorm, True)
-        inner = _gated(layer.mlp.gate_up_proj, normed)
+        normed, x = _add_and_norm(layer.self_attn.o_proj, out, x, layer.post_attention_layernorm, near)
+        inner = _multiplied(layer.mlp.gate_up_proj, normed, gated=True)
         normed, x = _add_and_norm(
             layer.mlp.down_proj, inner, x, model.norm if last else blocks[index + 1].input_layernorm
         )
@@ -82,11 +83,16 @@ def _kinds(block: Block) -> tuple[object, ...]:
     return tuple((p.bits, p.block, p.scales.dtype, p.perm is None) for p in packed if isinstance(p, BlockedWeight))
 
 
-def _gated(linear: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of the halves of linear(x)."""
-    if type(linear) is Linear and linear.weight is not None and takes_hopper(linear.weight, len(x), x.dtype):
-        return product(x, linear.weight, linear.bias, gated=True)
-    return silu_mul(linear(x))
+def _multiplied(
+    linear: torch.nn.Module, x: torch.Tensor, gated: bool = False, near_attention: bool = False
+) -> torch.Tensor:
+    """linear(x), or of its halves silu(gate) * up."""
+    if type(linear) is Linear and linear.weight is not None:
+        weight = linear.weight
+        if not near_attention and takes_hopper(weight, len(x), x.dtype):
+            return product(x, weight, linear.bias, gated=gated)
+    y: torch.Tensor = linear(x)
+    return silu_mul(y) if gated else y
 
 
 def _add_and_norm(
@@ -112,7 +118,8 @@ def _attend(
     slots: torch.Tensor,
     cache: KVCache,
     plan: RaggedPlan,
+    near: bool,
 ) -> torch.Tensor:
     new = new_tokens(attention, angles, slots, cache)
-    qkv = attention.qkv_proj(normed).view(len(normed), -1, attention.head_dim)
+    qkv = _multiplied(attention.qkv_proj, normed, near_attention=near).view(len(normed), -1, attention.head_dim)
     return ragged_attention(qkv, new, cache.layers[index], plan, attention.head_dim**-0.5)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from fakes import FakeModel, assert_empty, bytes_of, continue_alone, fake_engine, run_to_end, tiny_config, tokens_of
 
+from qwenfit.engine.engine import check_whole
 from qwenfit.engine.host_cache import HostCache
 from qwenfit.engine.params import SamplingParams
 from qwenfit.engine.sizes import free_host_bytes
@@ -155,6 +156,8 @@ def test_a_block_comes_back_as_it_was(dtype):
 def test_less_than_no_memory_is_refused():
     with pytest.raises(UsageError, match="swap_bytes is at least 0"):
         fake_engine(swap_blocks=-1)
+    with pytest.raises(UsageError, match="swap_bytes is a whole number, and '8GB' was given"):
+        check_whole(swap_bytes="8GB", max_queue=None)
 
 
 def test_where_the_host_has_no_more_memory_it_makes_do(monkeypatch):
