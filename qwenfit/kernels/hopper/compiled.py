@@ -43,9 +43,10 @@ class _Launch(ctypes.Structure):  # CUlaunchConfig
 
 
 class Kernel:
-    """A kernel on one device."""
+    """A kernel on a device, the current one."""
 
     def __init__(self, binary: bytes, name: str, threads: int, shared: int, cluster: int) -> None:
+        _need_context(torch.cuda.current_device())
         module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         _check(_driver().cuModuleLoadData(ctypes.byref(module), binary))
         _check(_driver().cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()))
@@ -62,6 +63,15 @@ class Kernel:
         launch.grid[:], launch.stream = (programs, 1, 1), stream
         pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         _check(_driver().cuLaunchKernelEx(ctypes.byref(launch), self._function, pointers, None))
+
+
+def _need_context(device: int) -> None:
+    """Torch's context of the device, for a thread that has done nothing on it yet."""
+    context = ctypes.c_void_p()
+    _check(_driver().cuCtxGetCurrent(ctypes.byref(context)))
+    if not context.value:
+        _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
+        _check(_driver().cuCtxSetCurrent(context))
 
 
 @functools.lru_cache(maxsize=4096)
