@@ -47,7 +47,7 @@ def main() -> None:
     config = resolve_model(options.model)
     torch.zeros(1, device="cuda")
     with tempfile.TemporaryDirectory() as empty:
-        os.environ["TRITON_CACHE_DIR"] = options.cache or empty
+        os.environ["TRITON_CACHE_DIR"] = os.environ["XDG_CACHE_HOME"] = options.cache or empty
         bits = None if options.precision == "bf16" else int(options.precision[3:])
         model = random_network(config, torch.bfloat16, "cuda", bits)
         synchronize()

@@ -129,7 +129,7 @@ class Runner:
         from qwenfit.engine.graphs import DecodeGraphs
         from qwenfit.engine.mixed_graphs import MixedGraphs
         from qwenfit.engine.prompt_graphs import PromptGraphs
-        from qwenfit.engine.warm_up import compile_prompts, load_products
+        from qwenfit.engine.warm_up import compile_many_rows, compile_prompts, load_products
         from qwenfit.kernels.triton.launch import compile_side_by_side
         from qwenfit.model.batch import Chunk, make_batch
         from qwenfit.model.prefill import prefill
@@ -151,6 +151,7 @@ class Runner:
 
         def launch_prompts() -> None:
             compile_prompts(model, self.cache, self.device)
+            compile_many_rows(model, self.device)
             step()
             if self.pads and on_gpu:
                 load_products(model, self.cache, max_batched_tokens, max_num_seqs)

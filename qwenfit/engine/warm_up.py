@@ -13,10 +13,10 @@ from functools import partial
 import torch
 
 from qwenfit.engine.padding import padded_sizes
-from qwenfit.kernels.choice import INT_MATMUL_ROWS
+from qwenfit.kernels.choice import HOPPER_ROWS, INT_MATMUL_ROWS
 from qwenfit.kernels.triton.dequantise import dequantised
 from qwenfit.kernels.triton.int_matvec import BlockedWeight
-from qwenfit.kernels.triton.product import takes_hopper
+from qwenfit.kernels.triton.product import product, takes_hopper
 from qwenfit.kernels.triton.prompt_attention import Turn
 from qwenfit.kernels.triton.ragged import compile_prompt_attention, rotate_in_place
 from qwenfit.kernels.wide import add_product, wide_product
@@ -44,6 +44,22 @@ def compile_prompts(model: Transformer, cache: KVCache, device: torch.device) ->
         compile_prompt_attention(qkv, config.num_kv_heads, turn)
         if turn is not None:
             rotate_in_place(qkv, new, cache.layers[0], none, queries=False)
+
+
+@torch.inference_mode()
+def compile_many_rows(model: Transformer, device: torch.device) -> None:
+    """Launch a layer's products with each number of rows that a Hopper's kernel is compiled for: every 32."""
+    layer = model.layers[0]
+    assert isinstance(layer, Block)
+    attention, mlp = layer.self_attn, layer.mlp
+    for linear in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
+        for rows in range(64, HOPPER_ROWS + 1, 32):
+            if linear.weight is not None and takes_hopper(linear.weight, rows, model.dtype):
+                out, inputs = linear.weight.shape
+                adds = linear in (attention.o_proj, mlp.down_proj) and linear.bias is None
+                x = torch.zeros(rows, inputs, dtype=model.dtype, device=device)
+                residual = torch.zeros(rows, out, device=device) if adds else None
+                product(x, linear.weight, linear.bias, residual, gated=linear is mlp.gate_up_proj)
 
 
 @torch.inference_mode()
@@ -78,14 +94,14 @@ def load_products(model: Transformer, cache: KVCache, max_rows: int, max_logits:
 
 
 def _run(
-    product: Product, weight: torch.Tensor, sizes: Iterable[int], dtype: torch.dtype, memory: torch.Tensor
+    multiply: Product, weight: torch.Tensor, sizes: Iterable[int], dtype: torch.dtype, memory: torch.Tensor
 ) -> None:
     """The product of so many rows each, with a result of `dtype`, where `memory` has room for it."""
     for rows in sizes:
         x, rest = _cut(memory, rows, weight.shape[1], weight.dtype)
         y, _ = _cut(rest, rows, weight.shape[0], dtype)
         if x is not None and y is not None:
-            product(x, weight, y)
+            multiply(x, weight, y)
 
 
 def _cut(memory: torch.Tensor, rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor]:

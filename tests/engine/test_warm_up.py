@@ -54,3 +54,28 @@ def test_an_int4_product_of_the_fewest_rows_is_compiled_at_the_start(monkeypatch
                         or multiply(x, weight, *rest))  # fmt: skip
     warm_up.load_products(model, KVCache(config, 64, 16, "bf16"), 100, 40)
     assert seen == [(8, linear.packed.out_features)]
+
+
+@pytest.mark.parametrize("name", ["Qwen-7B", "Qwen3-8B"])
+def test_a_kernel_for_every_32_rows_is_compiled_at_the_start(monkeypatch, name):
+    """What a Hopper takes: each product of a layer as a step asks for it, up to the last of the rows it is for."""
+    config = tiny(name)
+    model, seen = random_network(config, torch.bfloat16, "cpu"), []
+    monkeypatch.setattr(warm_up, "takes_hopper", lambda weight, rows, dtype: dtype == torch.bfloat16)
+
+    def product(x, weight, bias, residual, gated):
+        seen.append((len(x), *weight.shape, bias is not None, residual is not None, gated))
+
+    monkeypatch.setattr(warm_up, "product", product)
+    warm_up.compile_many_rows(model, torch.device("cpu"))
+    width, inner, qkv = config.hidden_size, config.intermediate_size, model.layers[0].self_attn.qkv_proj
+    assert set(seen) == {
+        (rows, *each)
+        for rows in (64, 96, 128, 160, 192)
+        for each in (
+            (*qkv.weight.shape, qkv.bias is not None, False, False),
+            (width, model.layers[0].self_attn.o_proj.weight.shape[1], False, True, False),
+            (2 * inner, width, False, False, True),
+            (width, inner, False, True, False),
+        )
+    }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import shutil
 import subprocess
+import types
 from pathlib import Path
 
 import pytest
@@ -191,6 +193,31 @@ def test_where_it_is_missing_it_says_why_and_is_not_taken(monkeypatch: pytest.Mo
     product.why_not.cache_clear()
     assert "Hopper" in product.why_not(torch.device("cuda", 0))
     product.why_not.cache_clear()
+
+
+def test_a_file_of_the_cache_that_cannot_be_loaded_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compiled, "_nvrtc", lambda: types.SimpleNamespace(nvrtcVersion=lambda *_: 0))
+    monkeypatch.setattr(compiled, "_compile", lambda library, source, name: b"code")
+    folder = tmp_path / "qwenfit" / "cuda"
+
+    def load(binary: bytes, *_: object) -> str:
+        if binary != b"code":
+            raise RuntimeError("CUDA driver: invalid image")
+        return "loaded"
+
+    monkeypatch.setattr(product, "Kernel", load)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    for _ in range(3):
+        product._kernel.cache_clear()
+        device = torch.device("cuda", 0)
+        assert product._kernel(Layout(64, 64), False, False, False, False, True, device) == "loaded"
+        (file,) = folder.iterdir()
+        assert file.read_bytes() == b"code"
+        file.write_bytes(b"")  # as a machine leaves it that goes down
+    product._kernel.cache_clear()
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ Nothing depends on it: where it is missing, the same products go through the ven
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -89,24 +90,25 @@ def tensor_map(pointer: int, rows: int, columns: int, box_rows: int) -> ctypes.A
     return described
 
 
-def compiled(source: str, name: str) -> bytes:
-    """The machine code, from the cache if it is there; raises Missing."""
+def compiled(source: str, name: str, fresh: bool = False) -> bytes:
+    """The machine code, from the cache if it is there and not to be made `fresh`; raises Missing."""
     library = _nvrtc()
     version = (ctypes.c_int * 2)()
     library.nvrtcVersion(ctypes.byref(version), ctypes.byref(version, ctypes.sizeof(ctypes.c_int)))
     key = hashlib.sha256(repr((source, name, _OPTIONS, tuple(version))).encode()).hexdigest()[:24]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwenfit" / "cuda" / f"{key}.cubin"
     try:
-        return cache.read_bytes()
-    except OSError:
-        binary = _compile(library, source, name)
-    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwenfit" / "cuda" / f"{key}.cubin"
+    except RuntimeError:  # no home
+        return _compile(library, source, name)
+    if not fresh and cache.is_file():
+        with contextlib.suppress(OSError):
+            return cache.read_bytes()
+    binary = _compile(library, source, name)
+    with contextlib.suppress(OSError):  # compiled again next time
         cache.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.NamedTemporaryFile(dir=cache.parent, delete=False) as file:
             file.write(binary)
         Path(file.name).replace(cache)  # atomic: another process may be doing the same
-    except OSError:
-        pass  # compiled again next time
     return binary
 
 
@@ -133,9 +135,11 @@ def _text(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
 @functools.cache
 def _driver() -> ctypes.CDLL:
     try:
-        return ctypes.CDLL("libcuda.so.1")
-    except OSError as failure:
-        raise Missing(f"no driver: {failure}") from None
+        library = ctypes.CDLL("libcuda.so.1")
+        _ = library.cuLaunchKernelEx, library.cuTensorMapEncodeTiled
+    except (OSError, AttributeError) as failure:  # none, or one older than CUDA 12
+        raise Missing(f"the driver: {failure}") from None
+    return library
 
 
 @functools.cache

@@ -71,6 +71,7 @@ template <int LEFT> __device__ inline void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
+__device__ inline void only_from_here(float& sum) { asm volatile("" : "+f"(sum)::"memory"); }  // is it read
 __device__ inline void named_barrier(int which, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(which), "r"(threads) : "memory");
 }

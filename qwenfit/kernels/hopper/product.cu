@@ -12,6 +12,8 @@
 constexpr int GROUPS = (ROWS + 63) / 64, THREADS = 128 * GROUPS;  // that multiply; two warps bring
 constexpr int INPUTS = 64, X_BYTES = ROWS * 128, W_BYTES = COLUMNS * 128, BYTES = X_BYTES + W_BYTES;  // of a block
 constexpr int OUTPUTS = GATED ? COLUMNS / 2 : COLUMNS;  // columns of y of a tile
+static_assert(SPLITS == 1 || !GATED, "parts of a gate are not added up");
+static_assert(COLUMNS % (GATED ? 16 : 8) == 0 && ROWS % 32 == 0 && 64 * GROUPS - ROWS <= COLUMNS, "see Layout");
 
 // The first column of a tile of y, and the first that is its own: the last tile overlaps with the one before, as the
 // copy engine is to fill up nothing.
@@ -178,6 +180,8 @@ hopper_product(const __grid_constant__ TensorMap x, const __grid_constant__ Tens
             }
             wgmma_wait<0>();
             if (thread % 128 == 0) barrier_arrive(multiplied);
+#pragma unroll
+            for (int i = 0; i < COLUMNS / 2; i++) only_from_here(sums[i]);
 
             Tile tile = tile_of(job, outputs);
             if (SPLITS == 1) {

@@ -132,7 +132,7 @@ def hopper_product(
     cores = _cores(x.device)
     layout = layout or chosen(rows, inputs, weight.shape[0], gated, cores)
     variant = layout, gated, wide, residual is not None, bias is not None, early, x.device
-    if compiled_instead(lambda: _kernel(*variant)):
+    if compiled_instead(variant, lambda: _kernel(*variant)):
         return out
     brought = -(-rows // 8) * 8  # rows, by the copy engine: it is slow to fill up what is not there
     numbers = rows, outputs, -(-inputs // 64), layout.tiles(outputs, gated), brought
@@ -154,9 +154,17 @@ def hopper_product(
 def _kernel(
     layout: Layout, gated: bool, wide: bool, add: bool, bias: bool, early: bool, device: torch.device
 ) -> Kernel:
-    binary = compiled(source(layout, gated, wide, add, bias, early), "hopper_product")
-    with torch.cuda.device(device):
-        return Kernel(binary, "hopper_product", layout.threads, layout.shared, layout.splits)
+    text = source(layout, gated, wide, add, bias, early)
+
+    def load(fresh: bool) -> Kernel:
+        binary = compiled(text, "hopper_product", fresh)
+        with torch.cuda.device(device):
+            return Kernel(binary, "hopper_product", layout.threads, layout.shared, layout.splits)
+
+    try:
+        return load(fresh=False)
+    except RuntimeError:  # a file of the cache that was not written to its end, say
+        return load(fresh=True)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import contextvars
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,14 +110,19 @@ class _Compiling:
 
     thread: int
     threads: _Loading
-    others: list[Future[object]] = field(default_factory=list)  # what is not Triton's
+    others: dict[Hashable, Future[object]] = field(default_factory=dict)  # what is not Triton's
 
 
-def compiled_instead(make: Callable[[], object]) -> bool:
-    """Whether this is within `compile_side_by_side`: one of its threads compiles then, nothing is to be launched."""
-    if _compiling is None or _compiling.thread != threading.get_ident():
+def compiled_instead(key: Hashable, make: Callable[[], object]) -> bool:
+    """Whether this is within `compile_side_by_side`: one of its threads compiles then, nothing is to be launched.
+
+    What has the same key is compiled once.
+    """
+    compiling = _compiling
+    if compiling is None or compiling.thread != threading.get_ident():
         return False
-    _compiling.others.append(_compiling.threads.also(make))
+    if key not in compiling.others:
+        compiling.others[key] = compiling.threads.also(make)
     return True
 
 
@@ -156,7 +161,7 @@ def compile_side_by_side(launch: Callable[[], object]) -> None:
         JITFunction.run = only_compile
         try:
             contextvars.copy_context().run(launch_and_wait)  # an interrupted mode is on in its own context only
-            wait(mine_now.others)
+            wait(mine_now.others.values())
         except BaseException:
             threads.given_up = True
             with contextlib.suppress(ImportError, AttributeError):  # of a Triton that keeps them elsewhere
