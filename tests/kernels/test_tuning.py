@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
-from qwenfit.bench import gpu_search
+from qwenfit.bench import gpu_prefill, gpu_search
 from qwenfit.catalog import dense_model_names, get_model
 from qwenfit.errors import BadFile, UsageError
-from qwenfit.kernels.triton import tuning
+from qwenfit.kernels.triton import ragged, tuning
 
 CORES = 132  # of the card that the records are of
 SEARCHES = sorted((Path(__file__).parents[2] / "measurements").glob("gpu-search-h200-*.json"))
@@ -124,3 +125,14 @@ def test_searches_of_several_models_are_kept_in_one_file(own: Path, monkeypatch:
     monkeypatch.setattr(gpu_search.torch.cuda, "get_device_name", lambda: "another")
     gpu_search.keep(own / "tuned.json", {})
     assert json.loads((own / "tuned.json").read_text()) == {"cards": ["another"], "configs": {}}
+
+
+def test_attention_of_prompts_takes_about_the_fastest_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = json.loads((SEARCHES[0].parent / "gpu-prompt-attention-h200-2.json").read_text())["attention"]["rows"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    rows = [row for row in record if "ours" in row]
+    for row in rows:
+        heads, kv_heads, head_dim = row["shape"]
+        config = ragged._fastest(torch.device("cuda"), torch.bfloat16, head_dim, heads // kv_heads, row["length"])
+        assert row["ours"][gpu_prefill.CONFIGS.index(config)] <= 1.01 * min(row["ours"]) < row["flash"]
+    assert len(rows) == 20

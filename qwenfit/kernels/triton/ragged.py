@@ -24,8 +24,10 @@ from qwenfit.kernels.triton.prompt_attention import Turn, prompt_attention, prom
 from qwenfit.kernels.triton.tuning import in_force, key, measured
 
 _HEADS = 8  # of a program
-# On a Hopper, by head_dim: the best of a dozen, for heads that are shared or not, and any length.
-HOPPER = {128: {"m": 64, "n": 64, "warps": 4, "stages": 3}, 64: {"m": 64, "n": 128, "warps": 4, "stages": 2}}
+# On a Hopper: the best of a dozen for heads of 64 and 128 numbers, shared or not.
+HOPPER = {"m": 64, "n": 64, "warps": 4, "stages": 3}
+HOPPER_SMALL_HEADS = {"m": 64, "n": 128, "warps": 4, "stages": 2}  # of 64, with prompts of more than SHORT tokens
+SHORT = 1024
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,8 @@ def _fastest(
     if device.type != "cuda" or dtype == torch.float32:
         return None
     config = measured("prompt_attention", (head_dim, group, longest))
-    if config is None and torch.cuda.get_device_capability(device)[0] == 9:
-        return HOPPER.get(head_dim)
+    if config is None and torch.cuda.get_device_capability(device)[0] == 9 and head_dim in (64, 128):
+        return HOPPER_SMALL_HEADS if head_dim == 64 and longest > SHORT else HOPPER
     return config
 
 
@@ -178,7 +180,7 @@ def compile_prompt_attention(qkv: torch.Tensor, kv_heads: int, turn: Turn | None
     group = heads // kv_heads
     wanted = key("prompt_attention", (head_dim, group, 1)).removesuffix("1")
     possible: list[dict[str, int] | None] = [config for name, config in in_force().items() if name.startswith(wanted)]
-    possible.append(_fastest(q.device, q.dtype, head_dim, group, 1))
+    possible += [_fastest(q.device, q.dtype, head_dim, group, length) for length in (1, SHORT + 1)]
     for config in {str(config): config for config in possible}.values():
         if is_own(config):
             prompt_attention(q, k, v, starts[:2], starts[:2], tiles, 1.0, config, turn, before)
