@@ -370,6 +370,20 @@ def test_an_unknown_cpu_counts_as_a_plain_desktop_and_arm_without_a_model_name_w
     assert device.features == ("asimd", "asimddp", "i8mm", "bf16")
 
 
+def test_an_unknown_cpu_has_the_instructions_that_it_shows(tmp_path: Path) -> None:
+    """A guest with AMX said to be of family 6, model 167, a desktop's: its plan said that it had no bf16 at all."""
+    guest = CPUINFO.replace("AuthenticAMD", "GenuineIntel").replace("family\t: 25", "family\t: 6")
+    guest = guest.replace("model\t\t: 17", "model\t\t: 167").format(n=0, core=0)
+    tiles = guest.replace("avx512_bf16", "avx512_bf16 amx_tile amx_bf16 amx_int8")
+    device = cpu_host(host(tmp_path / "a", {"proc/cpuinfo": tiles}), affinity=[0])
+    assert device.source.startswith("Xeon Sapphire Rapids (assumed") and device.bandwidth == 10e9
+    assert device.bf16 and device.tensor_cores and not capability_notes(device)
+    vectors = cpu_host(host(tmp_path / "b", {"proc/cpuinfo": guest}), affinity=[0])
+    assert vectors.bf16 and "int8" in vectors.flops and not vectors.tensor_cores
+    plain = cpu_host(host(tmp_path / "c", {"proc/cpuinfo": guest.split(" avx512f")[0] + "\n\n"}), affinity=[0])
+    assert plain.source.startswith("Desktop DDR4-3200") and len(capability_notes(plain)) == 2
+
+
 V2 = {
     "proc/self/cgroup": "0::/pod/box\n",
     "proc/self/mountinfo": "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n",

@@ -25,7 +25,12 @@ FEATURES = (
 # within a factor of two of those; `measure_bandwidth` says better.
 CORE_BANDWIDTH = 10e9
 
-# The platform assumed for a CPU that the catalog does not know: the slowest of those still usual.
+# The platform assumed for a CPU that the catalog does not know: the slowest of those with instructions that it has.
+WITH_INSTRUCTIONS = (
+    ("amx_bf16", "Xeon Sapphire Rapids"),
+    ("avx512_bf16", "Ryzen 7000/9000"),
+    ("avx512_vnni", "Xeon Ice Lake"),
+)
 DEFAULT_PLATFORM = "Desktop DDR4-3200"
 
 
@@ -52,17 +57,18 @@ def cpu_host(root: Path = Path("/"), affinity: Collection[int] | None = None) ->
     limits = read_limits(root)
     total, available = _memory(root)
     cores = min(info.cores, limits.cpus or info.cores)
-    row = _platform(info)
+    known, row = _platform(info)
+    assumed = "" if known else " (assumed for a CPU that is in no list, by its instructions)"
     memory = min(total, limits.memory or total)
     device = cpu_device(row, cores, memory)
     return replace(
         device,
         name=info.model,
-        architecture=row["architecture"] if row["vendor_id"] else platform.machine(),
+        architecture=row["architecture"] if known else platform.machine(),
         bandwidth=min(device.bandwidth, cores * CORE_BANDWIDTH),
         flops=_supported(device.flops, info.flags),
         tensor_cores="amx_bf16" in info.flags,
-        source=f"{row['name']}: {row['source']}; at most {CORE_BANDWIDTH / 1e9:.0f} GB/s a core",
+        source=f"{row['name']}{assumed}: {row['source']}; at most {CORE_BANDWIDTH / 1e9:.0f} GB/s a core",
         free_bytes=min(available, memory if limits.memory_free is None else limits.memory_free),
         detected=True,
         bandwidth_estimated=True,
@@ -120,15 +126,16 @@ def _processors(root: Path) -> list[dict[str, str]]:
     return blocks
 
 
-def _platform(info: CpuInfo) -> dict[str, str]:
-    """The row of cpus.csv for a vendor, family and model number, or the default one."""
+def _platform(info: CpuInfo) -> tuple[bool, dict[str, str]]:
+    """The row of cpus.csv for a vendor, family and model number, or (False) one with the CPU's instructions."""
     for row in read_csv("cpus.csv"):
         if row["vendor_id"] != info.vendor_id or not info.vendor_id:
             continue
         for family, models in zip(row["family"].split(";"), _per_family(row), strict=True):
             if int(family) == info.family and any(low <= info.model_number <= high for low, high in models):
-                return row
-    return next(row for row in read_csv("cpus.csv") if row["name"] == DEFAULT_PLATFORM)
+                return True, row
+    name = next((name for flag, name in WITH_INSTRUCTIONS if flag in info.flags), DEFAULT_PLATFORM)
+    return False, next(row for row in read_csv("cpus.csv") if row["name"] == name)
 
 
 def _per_family(row: dict[str, str]) -> list[list[tuple[int, int]]]:
