@@ -175,7 +175,7 @@ def main() -> None:
     began = time.perf_counter()
     lines: list[Figures] = []
     for rows in map(int, options.rows.split(",")):
-        for model in options.models.split(","):
+        for model in filter(None, options.models.split(",")):
             for shape in SHAPES[model]:
                 if time.perf_counter() - began > options.seconds:
                     break
