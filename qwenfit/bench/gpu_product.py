@@ -29,7 +29,7 @@ from qwenfit.bench.gpu_kernels import SHAPES, copies, random_plain, time_us
 from qwenfit.bench.gpu_search import REPLAYS, milliseconds, shortened
 from qwenfit.checkpoint.resolve import resolve_model
 from qwenfit.kernels.hopper import product
-from qwenfit.kernels.hopper.product import LEAST_COLUMNS, MOST_COLUMNS, Layout, hopper_product
+from qwenfit.kernels.hopper.product import LEAST_COLUMNS, MOST_COLUMNS, Layout, hopper_product, room_for
 from qwenfit.kernels.triton.gate import silu_mul
 from qwenfit.kernels.triton.launch import device_limits
 from qwenfit.kernels.triton.product import product as any_product
@@ -41,23 +41,23 @@ ROWS = (48, 64, 96, 128, 160, 192)
 
 def layouts(rows: int, inputs: int, out: int, gated: bool, cores: int) -> Iterable[Layout]:
     """Those that fill the card once, twice or three times."""
-    room, step, seen = max(64, -(-rows // 32) * 32), 16 if gated else 8, set()
+    step, seen = 16 if gated else 8, set()
     for programs, splits in itertools.product((cores, 120, 2 * cores, 3 * cores), (1,) if gated else (1, 2, 3, 4)):
         if inputs // 64 < 4 * splits or splits * programs > 4 * cores:
             continue
         columns = max(LEAST_COLUMNS, -(-out * splits // (programs * step)) * step)
-        layout = Layout(room, columns, splits)
+        layout = Layout(room_for(rows), columns, splits)
         fits = splits == 1 or 256 * layout.groups * (columns + 8) <= layout.shared
         if columns <= MOST_COLUMNS[gated][layout.groups - 1] and fits and layout not in seen:
             seen.add(layout)
             yield layout
 
 
-def time_shape(shape: tuple[int, int, bool, bool, bool], rows: int, repeat: bool = True) -> Figures:
+def time_shape(shape: tuple[int, int, bool, bool, bool], rows: int) -> Figures:
     inputs, out, gated, _, added = shape
     outputs = out // 2 if gated else out
     weights = copies(partial(random_plain, inputs, out), inputs * out * 2)
-    weights = weights * max(1, 24 // len(weights)) if repeat else weights
+    weights = weights * max(1, 24 // len(weights))
     x = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16)
     bias = None if gated or added else torch.randn(out, device="cuda", dtype=torch.bfloat16)
     total = torch.randn(rows, outputs, device="cuda") if added else None
@@ -76,7 +76,7 @@ def time_shape(shape: tuple[int, int, bool, bool, bool], rows: int, repeat: bool
     tried = list(layouts(rows, inputs, out, gated, cores))
     with ThreadPoolExecutor(16) as pool:  # compiles
         for layout in tried:
-            pool.submit(_compiled, layout, gated, added, bias is not None, x.device)
+            pool.submit(product._kernel, layout, gated, added, added, bias is not None, True, x.device)
     timed: list[tuple[float, Layout]] = []
     errors = []
     for layout in tried:
@@ -145,11 +145,6 @@ WAYS: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
 }  # fmt: skip
 
 
-def _compiled(layout: Layout, gated: bool, added: bool, bias: bool, device: torch.device) -> None:
-    with torch.cuda.device(device):
-        product._kernel(layout, gated, added, added, bias, True, device)
-
-
 def _text(line: Figures) -> str:
     if "us" not in line:
         return f"{line['shape']:13} x{line['rows']:<4} none; vendor {line['vendor_us']:.1f}"
@@ -174,7 +169,8 @@ def main() -> None:
     torch.manual_seed(0)
     began = time.perf_counter()
     lines: list[Figures] = []
-    for rows in map(int, options.rows.split(",")):
+    sizes = [int(rows) for rows in options.rows.split(",")]
+    for rows in sizes:
         for model in filter(None, options.models.split(",")):
             for shape in SHAPES[model]:
                 if time.perf_counter() - began > options.seconds:
@@ -185,12 +181,10 @@ def main() -> None:
                 except Exception:
                     traceback.print_exc()
                 torch.cuda.empty_cache()
-    sizes = [int(rows) for rows in options.rows.split(",")]
     contexts = [int(context) for context in options.contexts.split(",")]
     steps = [
         line
-        for model in options.steps.split(",")
-        if model
+        for model in filter(None, options.steps.split(","))
         for kv in options.kv_caches.split(",")
         for line in time_steps(model, sizes, contexts, kv)
     ]

@@ -133,7 +133,7 @@ def search(step: DecodeStep, kernels: Trials, seconds: float, far: DecodeStep | 
     Attention's are tried in `far` too, a step with a longer context: in how many parts it is cut is for both.
     """
     until = time.perf_counter() + seconds
-    best = first = milliseconds(step)
+    first = milliseconds(step)
     at_both = {kernel: [step, far] if far is not None and kernel in ATTENTION else [step] for kernel, *_ in kernels}
     found: dict[str, tuning.Config] = {}
     tried: dict[str, list[tuple[float, tuning.Config]]] = {}

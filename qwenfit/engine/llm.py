@@ -136,7 +136,7 @@ class LLM:
     ) -> None:
         check_whole(
             max_model_len=max_model_len, max_num_seqs=max_num_seqs, num_blocks=num_blocks, kv_bytes=kv_bytes,
-            block_size=block_size, swap_bytes=swap_bytes,
+            block_size=block_size,
         )  # fmt: skip
         self.config, self.tokenizer, self.device = config, tokenizer, device
         if torch.device(device).type == "cuda":

@@ -52,7 +52,7 @@ def compile_many_rows(model: Transformer, device: torch.device) -> None:
     layer = model.layers[0]
     assert isinstance(layer, Block)
     attention, mlp = layer.self_attn, layer.mlp
-    for linear in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
+    for linear in layer.linears:
         for rows in range(64, HOPPER_ROWS + 1, 32):
             if linear.weight is not None and takes_hopper(linear.weight, rows, model.dtype):
                 out, inputs = linear.weight.shape
@@ -71,7 +71,7 @@ def load_products(model: Transformer, cache: KVCache, max_rows: int, max_logits:
     layer = model.layers[0]
     assert isinstance(layer, Block)
     sizes = list(padded_sizes(max_rows))
-    for linear in (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):
+    for linear in layer.linears:
         if linear.weight is not None:
             own = linear in (layer.mlp.gate_up_proj, layer.mlp.down_proj)
             of_vendor = [rows for rows in sizes if not (own and takes_hopper(linear.weight, rows, model.dtype))]

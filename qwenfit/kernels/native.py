@@ -205,6 +205,14 @@ def _load(name: str) -> ctypes.CDLL | str:
     return load(Path(__file__).with_name(name))
 
 
+def cache_folder(kind: str) -> Path:
+    """Where compiled code of a kind is kept; raises OSError for a user without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwenfit" / kind
+    except RuntimeError as failure:
+        raise OSError(str(failure)) from None
+
+
 @functools.cache
 def load(source: Path) -> ctypes.CDLL | str:
     """A C file of this folder compiled and loaded, or the reason why it could not be."""
@@ -214,9 +222,8 @@ def load(source: Path) -> ctypes.CDLL | str:
     # The binary holds this CPU's instructions, and a home directory may be shared between machines.
     texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
     key = "\n".join([*texts, compiler, *_FLAGS, _cpu()])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwenfit" / "native"
-    target = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     try:
+        target = cache_folder("native") / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
         if not target.exists():
             _compile(compiler, source, target)
         _share_openmp()

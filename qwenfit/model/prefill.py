@@ -77,9 +77,7 @@ def run_layers(
 
 def _kinds(block: Block) -> tuple[object, ...]:
     """What the kernels of a layer are compiled for."""
-    attention, mlp = block.self_attn, block.mlp
-    linears = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
-    packed = [linear.packed for linear in linears]
+    packed = [linear.packed for linear in block.linears]
     return tuple((p.bits, p.block, p.scales.dtype, p.perm is None) for p in packed if isinstance(p, BlockedWeight))
 
 

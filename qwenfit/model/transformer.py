@@ -53,6 +53,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.mlp = MLP(config, dtype, device)
 
+    @property
+    def linears(self) -> tuple[Linear, Linear, Linear, Linear]:
+        """Its matrix products, in the order in which they are taken."""
+        return self.self_attn.qkv_proj, self.self_attn.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj
+
     def forward(
         self, x: torch.Tensor, angles: Angles, context: Context, fused: Callable[..., torch.Tensor] | None = None
     ) -> torch.Tensor:

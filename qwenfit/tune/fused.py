@@ -82,8 +82,7 @@ def _branches(block: Block, x: Tensor, angles: Angles, context: Context, seed: i
     from qwenfit.kernels.triton.train_norm import add_norm
 
     attention, mlp = block.self_attn, block.mlp
-    linears = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
-    qkv_narrow, o_narrow, gate_up_narrow, down_narrow = _narrow(linears, x.dtype)
+    qkv_narrow, o_narrow, gate_up_narrow, down_narrow = _narrow(block.linears, x.dtype)
     norm = block.input_layernorm
     normed, x = add_norm(x, None, norm.weight, norm.eps)
     q, k, v = _heads(attention, _product(attention.qkv_proj, normed, seed, qkv_narrow), angles)

@@ -9,13 +9,14 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
+from qwenfit.kernels.native import cache_folder
 
 _OPTIONS = (b"--gpu-architecture=sm_90a", b"--std=c++17")
 _SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -96,15 +97,12 @@ def compiled(source: str, name: str, fresh: bool = False) -> bytes:
     version = (ctypes.c_int * 2)()
     library.nvrtcVersion(ctypes.byref(version), ctypes.byref(version, ctypes.sizeof(ctypes.c_int)))
     key = hashlib.sha256(repr((source, name, _OPTIONS, tuple(version))).encode()).hexdigest()[:24]
-    try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwenfit" / "cuda" / f"{key}.cubin"
-    except RuntimeError:  # no home
-        return _compile(library, source, name)
-    if not fresh and cache.is_file():
+    if not fresh:
         with contextlib.suppress(OSError):
-            return cache.read_bytes()
+            return (cache_folder("cuda") / f"{key}.cubin").read_bytes()
     binary = _compile(library, source, name)
     with contextlib.suppress(OSError):  # compiled again next time
+        cache = cache_folder("cuda") / f"{key}.cubin"
         cache.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.NamedTemporaryFile(dir=cache.parent, delete=False) as file:
             file.write(binary)

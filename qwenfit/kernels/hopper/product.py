@@ -10,6 +10,7 @@ from importlib import resources
 import torch
 
 from qwenfit.kernels.hopper.compiled import Kernel, Missing, compiled, tensor_map
+from qwenfit.kernels.triton.bf16_tiles import has_bf16_tiles
 from qwenfit.kernels.triton.launch import compiled_instead
 
 LEAST_OUTPUTS = 512  # of a weight: a tile has no more
@@ -89,9 +90,8 @@ __device__ inline void wgmma(float (&sums)[{count}], u64 x, u64 w, bool add) {{
 
 def has_hopper_product(weight: torch.Tensor) -> bool:
     """Whether the weight is bfloat16, in rows that the copy engine takes, on a Hopper that can be compiled for."""
-    even = weight.shape[0] % 16 == 0 and weight.shape[1] % 8 == 0 and weight.shape[0] >= LEAST_OUTPUTS
-    aligned = weight.data_ptr() % 16 == 0 and weight.is_contiguous()
-    return even and aligned and weight.dtype == torch.bfloat16 and weight.is_cuda and not why_not(weight.device)
+    tiled = weight.shape[0] % 16 == 0 and weight.shape[0] >= LEAST_OUTPUTS and weight.dtype == torch.bfloat16
+    return tiled and weight.is_cuda and has_bf16_tiles(weight) and not why_not(weight.device)
 
 
 @functools.cache
@@ -172,13 +172,18 @@ def _cores(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def room_for(rows: int) -> int:
+    """The `rows` of a layout for so many."""
+    return max(64, -(-rows // 32) * 32)
+
+
 @functools.lru_cache(maxsize=4096)
 def chosen(rows: int, inputs: int, out_features: int, gated: bool, cores: int) -> Layout:
     """Tiles for one round of the card, or as few rounds as can be; parts of the inputs where tiles would be narrow."""
-    room, step, width, splits = max(64, -(-rows // 32) * 32), 16 if gated else 8, out_features, 1
+    step, width, splits = 16 if gated else 8, out_features, 1
     most = MOST_COLUMNS[gated][-(-rows // 64) - 1]
     if not gated and out_features < NARROW * cores and inputs >= 1024:
         splits = 2 if 2 * out_features >= NARROW * cores else 4
         width, cores = out_features * splits, cores if splits == 2 else cores * CORES_IN_FOURS // 132
     columns = -(-width // (-(-width // (most * cores)) * cores))
-    return Layout(room, max(LEAST_COLUMNS, -(-columns // step) * step), splits)
+    return Layout(room_for(rows), max(LEAST_COLUMNS, -(-columns // step) * step), splits)
