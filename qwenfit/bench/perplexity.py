@@ -86,7 +86,7 @@ def token_losses(llm: LLM, ids: Sequence[int]) -> list[float]:
         batch = make_batch([Chunk(chunk, start, blocks, alpha, "all")], cache.block_size, device)
         following = torch.tensor(ids[start + 1 : start + 1 + CHUNK], device=device)
         with torch.inference_mode():
-            hidden = model.forward(batch, cache)[: len(following)]
+            hidden = model.forward(batch, cache, None)[: len(following)]
             losses += _cross_entropy(model.logits(hidden), following)
     return losses
 

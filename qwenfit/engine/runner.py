@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 class Network(Protocol):
     """What the engine needs of a model: `qwenfit.model.transformer.Transformer`, or a test's stand-in."""
 
-    def forward(self, batch: Batch, cache: KVCache, /) -> Tensor:
-        """Hidden states after the final norm, [tokens, hidden_size]; keys and values go to the batch's slots."""
+    def forward(self, batch: Batch, cache: KVCache, rows: Tensor | None, /) -> Tensor:
+        """Hidden states of `rows` (int64; None: of all tokens) after the final norm, [rows, hidden_size].
+
+        Keys and values go to the batch's slots.
+        """
         ...
 
     def logits(self, hidden: Tensor, /) -> Tensor:
@@ -213,8 +216,8 @@ class Runner:
 
             hidden = prefill(self._transformer, batch, self.cache, rows)
         else:
-            hidden = self.model.forward(batch, self.cache)
-            hidden = hidden if len(rows) == len(hidden) and not self.pads else hidden[rows]
+            every = len(rows) == len(batch.input_ids) and not self.pads
+            hidden = self.model.forward(batch, self.cache, None if every else rows)
         return self.model.logits(hidden)[:reached] if reached else None
 
     def _replay_mixed(self, graphs: MixedGraphs, requests: list[Request], brought: Brought) -> Tensor | None:

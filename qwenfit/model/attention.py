@@ -84,7 +84,10 @@ class Attention(nn.Module):
             self.q_norm = HeadNorm(config.head_dim, dtype, device)
             self.k_norm = HeadNorm(config.head_dim, dtype, device)
 
-    def forward(self, x: torch.Tensor, angles: Angles, context: Context) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, angles: Angles, context: Context, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """rows: int64, those of x whose results are wanted, and come; all, if None."""
         # Queries and keys are heads of one tensor until they are used: normalised and rotated in one go.
         heads = self.qkv_proj(x).view(len(x), -1, self.head_dim)
         qk, v = heads[:, : -self.num_kv_heads], heads[:, -self.num_kv_heads :]
@@ -97,7 +100,8 @@ class Attention(nn.Module):
             q = q * angles.query_scale
         if context.centred and self.key_centre is not None:
             k = k - self.key_centre
-        out: torch.Tensor = self.o_proj(context.attend(self.layer, q, k, v))
+        attended = context.attend(self.layer, q, k, v)
+        out: torch.Tensor = self.o_proj(attended if rows is None else attended[rows])
         return out
 
     @cached_property

@@ -59,12 +59,21 @@ class Block(nn.Module):
         return self.self_attn.qkv_proj, self.self_attn.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj
 
     def forward(
-        self, x: torch.Tensor, angles: Angles, context: Context, fused: Callable[..., torch.Tensor] | None = None
+        self,
+        x: torch.Tensor,
+        angles: Angles,
+        context: Context,
+        fused: Callable[..., torch.Tensor] | None = None,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """fused: another way to compute the same (`tune/fused.py`), taken from here so that hooks on blocks run."""
+        """fused: another way to compute the same (`tune/fused.py`), taken from here so that hooks on blocks run.
+
+        rows: int64, those of x whose results are wanted, and come; all, if None. All keys and values enter the cache.
+        """
         if fused is not None:
             return fused(self, x, angles, context)
-        x = x + self.self_attn(self.input_layernorm(x), angles, context)
+        attended = self.self_attn(self.input_layernorm(x), angles, context, rows)
+        x = attended + (x if rows is None else x[rows])
         out: torch.Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -91,17 +100,20 @@ class Transformer(nn.Module):
             self.lm_head = Linear.empty(config.hidden_size, config.vocab_size, False, dtype, device)
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
-        """One step: hidden states [T, hidden] after the final norm. The step's keys and values enter the cache."""
+    def forward(self, batch: Batch, cache: KVCache, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """One step: hidden states after the final norm, [T, hidden], or [len(rows), hidden] of the `rows` (int64) of T.
+
+        The step's keys and values enter the cache. The last layer computes no more than `rows` ask for.
+        """
         if batch.input_ids.is_cuda and cache.dtype != PARITY:
             from qwenfit.model.prefill import prefill
 
-            return prefill(self, batch, cache)
+            return prefill(self, batch, cache, rows)
         angles = self.rotary.angles(
             batch.positions, batch.query_lens, batch.ntk_alphas, max(batch.context_lens), self.dtype
         )
         step = batch.step(cache.block_size, self.dtype)
-        return self._run(batch.input_ids, angles, PagedContext(cache, step))
+        return self._run(batch.input_ids, angles, PagedContext(cache, step), rows)
 
     def forward_full(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Whole sequences without a cache, differentiable: hidden states [batch, length, hidden].
@@ -122,10 +134,14 @@ class Transformer(nn.Module):
         angles = self.rotary.angles(positions.flatten(), [length] * rows, alphas, longest, self.dtype)
         return self._run(input_ids.flatten(), angles, FullContext(rows, mask)).view(rows, length, -1)
 
-    def _run(self, input_ids: torch.Tensor, angles: Angles, context: Context) -> torch.Tensor:
+    def _run(
+        self, input_ids: torch.Tensor, angles: Angles, context: Context, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
         x = self.embed_tokens(input_ids)
-        for layer in self.layers:
+        *before, last = self.layers
+        for layer in before:
             x = layer(x, angles, context)
+        x = last(x, angles, context, rows=rows)
         out: torch.Tensor = self.norm(x)
         return out
 

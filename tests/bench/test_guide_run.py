@@ -138,10 +138,10 @@ def test_the_failure_of_one_model_is_not_the_others_and_time_can_run_out() -> No
 def test_a_failing_engine_loses_its_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = Transformer.forward
 
-    def out_of_memory(self: Transformer, batch: Any, cache: Any) -> torch.Tensor:
+    def out_of_memory(self: Transformer, batch: Any, cache: Any, rows: Any) -> torch.Tensor:
         if cache.dtype == "int8":
             raise torch.OutOfMemoryError
-        return forward(self, batch, cache)
+        return forward(self, batch, cache, rows)
 
     monkeypatch.setattr(Transformer, "forward", out_of_memory)
     made = run_guide(bench(), ROWS, tell=lambda text: None)

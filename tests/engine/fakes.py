@@ -67,7 +67,7 @@ class FakeModel:
         self.token_counts: list[int] = []  # of each step
         self.fail_with: BaseException | None = None
 
-    def forward(self, batch, cache: FakeCache) -> torch.Tensor:
+    def forward(self, batch, cache: FakeCache, rows: torch.Tensor | None) -> torch.Tensor:
         if self.fail_with is not None:
             error, self.fail_with = self.fail_with, None
             raise error
@@ -76,15 +76,16 @@ class FakeModel:
         alphas = torch.tensor([a for a, n in zip(batch.ntk_alphas, batch.query_lens, strict=True) for _ in range(n)])
         kept = batch.slots >= 0  # the rest is padding
         cache.slots[batch.slots[kept]] = torch.stack([batch.input_ids, batch.positions, alphas.long()], 1)[kept]
-        rows = []
+        hidden = []
         for table, queries, context in zip(batch.block_tables, batch.query_lens, batch.context_lens, strict=True):
             at = torch.arange(context)
             history = cache.slots[table[at // cache.block_size].long() * cache.block_size + at % cache.block_size]
             buckets = history_buckets(*history.unbind(1))
             if self.poison is not None:
                 buckets = torch.where((history[:, 0] == self.poison).cumsum(0) > 0, -1, buckets)
-            rows.append(buckets[-queries:])
-        return torch.cat(rows)[:, None]
+            hidden.append(buckets[-queries:])
+        every = torch.cat(hidden)[:, None]
+        return every if rows is None else every[rows]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.table[hidden[:, 0].clamp(min=0)]

@@ -68,7 +68,7 @@ class FakeStep:
         contexts, tables = buffers.context_lens.tolist()[:count], buffers.block_tables[:count]
         rows = torch.arange(count)
         batch = Batch(ids, positions, [1] * count, contexts, tables, slots, self.alphas[:count], rows)
-        out[:count] = self.model.logits(self.model.forward(batch, self.cache))
+        out[:count] = self.model.logits(self.model.forward(batch, self.cache, None))
 
 
 class Recorded(DecodeGraphs):

@@ -61,6 +61,24 @@ def test_in_a_mix_as_alone(config: ModelConfig, seed: int, count: int) -> None:
 
 
 @settings(max_examples=60, deadline=None)
+@given(config=st.sampled_from(CONFIGS), wanted=st.lists(st.sampled_from(["last", "all", "none"]), min_size=1))
+def test_what_is_not_wanted_changes_nothing(config: ModelConfig, wanted: list[str]) -> None:
+    """The last layer computes the wanted rows alone; the cache gets all keys and values."""
+    rng = random.Random(len(wanted))
+    model = random_model(config, 1)
+    parts = [[rng.randrange(config.vocab_size) for _ in range(rng.randint(1, 40))] for _ in wanted]
+    all_rows, some = Paged(model, 4096), Paged(model, 4096)
+    expected = all_rows.run(*(all_rows.chunk(str(i), part) for i, part in enumerate(parts)))
+    kept = {"last": lambda rows: rows[-1:], "all": lambda rows: rows, "none": lambda rows: rows[:0]}
+    each = expected.split([len(part) for part in parts])
+    expected = torch.cat([kept[which](rows) for which, rows in zip(wanted, each, strict=True)])
+    got = some.run(*(some.chunk(str(i), part, logits=wanted[i]) for i, part in enumerate(parts)))
+    assert got.shape == expected.shape and (len(got) == 0 or max_error(got, expected) < 1e-4)
+    for one, other in zip(some.cache.layers, all_rows.cache.layers, strict=True):
+        assert torch.equal(one.key, other.key) and torch.equal(one.value, other.value)
+
+
+@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**20),
     kv_heads=st.integers(1, 3),

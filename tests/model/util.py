@@ -77,10 +77,11 @@ class Paged:
         self.cached[name] = cached + len(ids)
         return Chunk(ids, cached, list(table), self.alphas[name], logits)
 
+    @torch.no_grad()
     def run(self, *chunks: Chunk) -> torch.Tensor:
         """One step: the logits that the chunks ask for, [n, vocab]."""
         batch = make_batch(chunks, BLOCK_SIZE)
-        return self.model.logits(self.model(batch, self.cache)[batch.logits_indices])
+        return self.model.logits(self.model(batch, self.cache, batch.logits_indices))
 
     def feed(self, name: str, prompt: list[int], new_ids: list[int]) -> torch.Tensor:
         """Prefill `prompt`, then decode feeding `new_ids`: row k is what chose new_ids[k], [len(new_ids), vocab]."""
