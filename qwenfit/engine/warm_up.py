@@ -21,6 +21,7 @@ from qwenfit.kernels.triton.prompt_attention import Turn
 from qwenfit.kernels.triton.ragged import compile_prompt_attention, rotate_in_place
 from qwenfit.kernels.wide import add_product, wide_product
 from qwenfit.model.kv_cache import KVCache
+from qwenfit.model.linear import Linear
 from qwenfit.model.new_tokens import new_tokens
 from qwenfit.model.transformer import Block, Transformer
 
@@ -53,8 +54,10 @@ def compile_many_rows(model: Transformer, device: torch.device) -> None:
     assert isinstance(layer, Block)
     attention, mlp = layer.self_attn, layer.mlp
     for linear in layer.linears:
+        if type(linear) is not Linear or linear.weight is None:  # one with an adapter around it, or a packed one
+            continue
         for rows in range(64, HOPPER_ROWS + 1, 32):
-            if linear.weight is not None and takes_hopper(linear.weight, rows, model.dtype):
+            if takes_hopper(linear.weight, rows, model.dtype):
                 out, inputs = linear.weight.shape
                 adds = linear in (attention.o_proj, mlp.down_proj) and linear.bias is None
                 x = torch.zeros(rows, inputs, dtype=model.dtype, device=device)

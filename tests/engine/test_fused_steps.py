@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable
 
 import pytest
+import test_network_any_order
 import torch
 from fakes import assert_empty, run_to_end, tokens_of
-from test_network_any_order import NETWORK, network_alone, real_engine
+from test_network_any_order import NETWORK, network_alone, real_engine, tiny_transformer
 
 from qwenfit.engine import runner, sampler
 from qwenfit.engine.params import SamplingParams
@@ -27,6 +28,7 @@ from qwenfit.engine.prompt_graphs import PromptGraphs, PromptStep
 from qwenfit.kernels.triton import bf16_matvec
 from qwenfit.model import prefill
 from qwenfit.model.decode import DecodeStep
+from qwenfit.tune.adapters import LoRA, add_lora, lora_layers
 
 
 class Replayed:
@@ -77,6 +79,28 @@ def test_answers_are_those_of_the_plain_network(gpu, monkeypatch):
     assert [tokens_of(made[i, 0]) for i in ids] == [network_alone(prompt, params) for prompt in prompts]
     assert sum(graph.replays for _, graph in engine.runner._graphs._recorded.values()) > 0
     assert rows[1:] == [(8, 8), (8, 8)]  # 2 + 6 tokens, then 1 + 4; the first is for warming up
+    assert_empty(engine)
+
+
+def test_an_adapter_that_is_not_merged_runs_beside_the_weights(gpu, monkeypatch):
+    """As one beside int4 weights does: nothing is recorded, and the linears have no weight of their own."""
+    model, config = tiny_transformer()
+    add_lora(model, LoRA(rank=2, alpha=8))
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            for up in layer.lora_B:
+                up.normal_(std=0.3)
+    prompts = [[7, 3], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
+    params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+    without = [network_alone(prompt, params) for prompt in prompts]
+    monkeypatch.setattr(test_network_any_order, "NETWORK", (model.eval(), config))
+    monkeypatch.setattr(test_network_any_order, "ALONE", {})
+    wanted = [network_alone(prompt, params) for prompt in prompts]
+    engine = real_engine(model, config, num_blocks=4, block_size=8, max_num_seqs=2, max_batched_tokens=8)
+    ids = [engine.add(prompt, params) for prompt in prompts]
+    made = run_to_end(engine)
+    assert [tokens_of(made[i, 0]) for i in ids] == wanted != without
+    assert engine.runner._graphs is None
     assert_empty(engine)
 
 
