@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,7 +51,7 @@ class Flight:
 def check_whole(**given: object) -> None:
     """Raise UsageError where something given is neither None nor a whole number."""
     for name, value in given.items():
-        if value is not None and not isinstance(value, int):
+        if value is not None and not isinstance(value, Integral):  # numpy's are too
             raise UsageError(f"{name} is a whole number, and {value!r} was given.")
 
 

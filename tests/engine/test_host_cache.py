@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy
 import psutil
 import pytest
 import torch
@@ -158,6 +159,7 @@ def test_less_than_no_memory_is_refused():
         fake_engine(swap_blocks=-1)
     with pytest.raises(UsageError, match="swap_bytes is a whole number, and '8GB' was given"):
         check_whole(swap_bytes="8GB", max_queue=None)
+    check_whole(swap_bytes=numpy.int64(8), max_queue=None)
 
 
 def test_where_the_host_has_no_more_memory_it_makes_do(monkeypatch):
