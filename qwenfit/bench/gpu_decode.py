@@ -64,6 +64,10 @@ RUNS = [  # model, precision of the layers, KV cache, tokens in the cache at the
       for precision in ("int4", "int8", "bf16") if (size, precision) != ("72B", "bf16")),
     *((f"Qwen3-{size}", precision, "bf16", 960, 64, 1) for size in ("0.6B", "1.7B", "4B", "8B", "14B", "32B")
       for precision in ("int4", "int8", "bf16")),
+    *(("Qwen-7B", "int4", "int8", 960, 64, count) for count in (16, 64, 256)),
+    *(("Qwen-7B", "bf16", "int8", 960, 64, count) for count in (16, 32)),
+    *(("Qwen-7B", "int4", "bf16", 4000, 64, count) for count in (8, 16)),
+    *(("Qwen3-8B", "int4", "bf16", 960, 64, count) for count in (8, 16, 64)),
 ]  # fmt: skip
 CHECKS = [  # precision of the layers, KV cache, model, sequences
     ("bf16", "bf16", "Qwen-7B", 1),

@@ -8,6 +8,7 @@ from tests.kernels.triton_cases import DEVICE, error, poisoned, random
 pytest.importorskip("triton")
 from qwenfit.kernels.attention import LayerCache
 from qwenfit.kernels.kv_quant import dequantize_kv, quantize_kv
+from qwenfit.kernels.triton import decode_attention as decode_attention_module
 from qwenfit.kernels.triton.decode_attention import (
     NewTokens,
     contexts_in_parts,
@@ -226,3 +227,24 @@ def test_the_newest_token_joins_its_sequence(
     assert error(out, reference) < (5e-3 if quantized else 1e-5)  # a tie may be rounded the other way
     assert (ours.key.float() - theirs.key.float()).abs().max() <= (1 if quantized else 1e-5)
     assert (ours.value.float() - theirs.value.float()).abs().max() <= (1 if quantized else 1e-5)
+
+
+@pytest.mark.parametrize(("quantized", "rows"), [(False, 7), (True, 3)])
+def test_attention_of_many_sequences_begins_when_the_product_before_it_is_done(
+    quantized: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    cache = filled(2, 16, 4, quantized)
+
+    def options(_: torch.Tensor, beside: bool) -> dict[str, bool]:
+        asked.append(beside)
+        return {"OVERLAP": False}
+
+    monkeypatch.setattr(decode_attention_module, "options", options)
+    for count in (rows, rows + 1):
+        context, slots = torch.ones(count, device=DEVICE), torch.full((count,), -1, device=DEVICE)
+        tables = torch.zeros(count, 1, dtype=torch.int32, device=DEVICE)
+        new = NewTokens(random(count, 1, 16), random(count, 1, 16), None, None, 1e-6, slots)
+        parts = contexts_in_parts(context.long(), 2, cache, config=TINY)
+        decode_step_attention(random(count, 6, 16), new, cache, tables, context.long(), 0.3, parts=parts)
+    assert asked == [True, False]

@@ -16,6 +16,7 @@ from qwenfit.kernels.triton.gate import silu_mul_reference
 from qwenfit.kernels.triton.int_matvec import BlockedWeight, normalised
 from qwenfit.kernels.triton.launch import options, start_after_previous
 
+BESIDE_ROWS = 64  # beyond, it is faster when it begins after the product before it, as attention is
 LARGEST = 32639  # 127 * 256 + 127: both bytes of an integer stay signed ones
 
 
@@ -99,7 +100,8 @@ def arrange(
         x, norm, weight.perm, values, units, rows, eps,
         IN=weight.in_features, BLOCKS=blocks, BLOCK=weight.block, BITS=weight.bits, LARGEST=LARGEST, TILE=tile,
         WIDTH=triton.next_power_of_2(weight.in_features), HAS_NORM=norm is not None,
-        HAS_PERM=weight.perm is not None, GATED=gated, INTEGERS=integers, LANES=lanes, num_warps=4, **options(x),
+        HAS_PERM=weight.perm is not None, GATED=gated, INTEGERS=integers, LANES=lanes, num_warps=4,
+        **options(x, beside=rows <= BESIDE_ROWS),
     )  # fmt: skip
     return Arranged(values, units)
 

@@ -24,6 +24,10 @@ from qwenfit.kernels.triton.paged import blocks_of
 from qwenfit.kernels.triton.parts import arrival_counters, cut, merge, part_of
 from qwenfit.kernels.triton.tuning import tuned
 
+# Sequences of a step whose attention may begin beside the kernel before it: with more, what is asked for early saves
+# less than a first-level cache that products in shared memory leave small costs.
+BESIDE, BESIDE_QUANTIZED = 7, 3
+
 
 def decode_attention_reference(
     q: torch.Tensor,
@@ -181,10 +185,10 @@ def _run(
 ) -> torch.Tensor:
     batch, head_dim = q.shape[0], q.shape[-1]
     kv_heads = cache.key.shape[2]
-    launch = options(q)
-    if parts is None:
+    quantized = cache.key_affine is not None
+    launch = options(q, beside=parts is not None and batch <= (BESIDE_QUANTIZED if quantized else BESIDE))
+    if parts is None:  # it begins by reading what was just written
         parts = contexts_in_parts(context_lens, heads, cache, None, config, splits)
-        launch = {"OVERLAP": False}  # it begins by reading what was just written
     config, table, wanted = parts.config, parts.table, parts.wanted
     count = wanted if table is None else len(table)
     if out is None:
@@ -195,7 +199,6 @@ def _run(
         q, new and new.cos, new and new.sin, new and new.query_scale, q_norm, k_norm, new and new.slots,
         new and new.key_centre,
     )  # fmt: skip
-    quantized = cache.key_affine is not None
     shared: dict[str, Any] = dict(
         FUSED=new is not None, HAS_SCALE=new is not None and new.query_scale is not None, HAS_NORM=q_norm is not None,
         HAS_CENTRE=new is not None and new.key_centre is not None, CUT=table is not None,

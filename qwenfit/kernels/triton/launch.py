@@ -77,9 +77,14 @@ def _overlaps(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def options(tensor: torch.Tensor) -> dict[str, Any]:
-    """Keyword arguments of a launch on `tensor`'s device: programmatic dependent launch where there is such a thing."""
-    if INTERPRETED or not _overlaps(tensor.device):
+def options(tensor: torch.Tensor, beside: bool = True) -> dict[str, Any]:
+    """Keyword arguments of a launch on `tensor`'s device: programmatic dependent launch where there is such a thing.
+
+    beside: the kernel may begin while the one before it runs, and the next one while it does. A core that has begun
+    keeps its memory divided into shared memory and first-level cache as the kernel before needed it: one that takes
+    long and reads through that cache is faster after one that leaves it little.
+    """
+    if INTERPRETED or not beside or not _overlaps(tensor.device):
         return {"OVERLAP": False}
     return {"OVERLAP": True, "launch_pdl": True}
 
