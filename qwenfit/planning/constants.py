@@ -233,10 +233,11 @@ _CPU = (
 _CPU_TILES = "measurements/prefill-*.json: 0.5B to 3B, 32 to 512 tokens, on two Emerald Rapids cores"
 _CPU_TRAIN = "one step of LoRA on Qwen2.5-0.5B, 256 tokens, bf16 and fp32, one core of Emerald Rapids, by its profile"
 _ROWS = "gpu-decode-h200-8 to -11, gpu-search-h200-*-x2, gpu-tiles-h200 (steps of 2 to 256 sequences); above: estimated"
+_MANY = "gpu-decode-h200-15, gpu-attention-late-h200 (150 steps of 4 to 256 requests, 19 of 20 within 10 %)"
 # Bytes/s at which weights are multiplied at most with up to so many requests at once: what a Hopper's cores take. Many
 # unpack int4 and int8 weights first (kernels/choice.py).
 ROWS_LIMITS = {  # by kind of READ_KINDS (planning/stack.py)
-    "plain_rows": {128: 3.3e12, 256: 2.25e12, 512: 1.2e12},
+    "plain_rows": {128: 3.6e12, 256: 2.25e12, 512: 1.2e12},
     "int4": {
         2: 2.3e12, 4: 2.05e12, 8: 2.2e12, 16: 2.1e12, 32: 1.55e12, 64: 1.1e12, 128: 0.63e12, 256: 0.4e12,
         384: 0.28e12, 512: 0.2e12,
@@ -275,11 +276,11 @@ MEASURED: dict[str, Constant] = {
             "gpu-decode-h200-8 and -11: 0.5B to 7B",
         ),
         Constant(
-            "qwenfit_shared_codes_gap",
-            4e-6,
+            "qwenfit_codes_gap",
+            5e-6,
             "s per layer and step",
-            "attention to an int8 cache whose heads share keys, beyond its bytes",
-            "gpu-decode-h200-6 and -8: Qwen2.5-7B with 1, 2 and 16 requests, int8 against bf16 cache",
+            "attention to an int8 cache of many requests, or whose heads share keys, beyond its bytes",
+            "gpu-decode-h200-6 and -8: Qwen2.5-7B with 1, 2 and 16 requests, int8 against bf16 cache; " + _MANY,
         ),
         Constant(
             "qwenfit_shared_gap",
@@ -299,15 +300,23 @@ MEASURED: dict[str, Constant] = {
         Constant(
             "qwenfit_read_plain_rows", 0.88, "of a plain read", "16-bit weights for 2 to 16 requests at once", _ROWS
         ),
-        Constant("qwenfit_read_plain_64", 0.84, "of a plain read", "16-bit weights for 64 requests at once", _ROWS),
+        Constant("qwenfit_read_plain_64", 0.90, "of a plain read", "16-bit weights for 64 requests at once", _MANY),
         Constant("qwenfit_read_int8", 0.963, "of a plain read", "int8 weights in a decode step", _DECODE),
         Constant("qwenfit_read_int4", 0.912, "of a plain read", "int4 weights in a decode step", _DECODE),
         Constant("qwenfit_read_cache", 0.876, "of a plain read", "a 16-bit KV cache in a decode step", _DECODE),
         Constant("qwenfit_read_cache_int8", 0.762, "of a plain read", "an int8 KV cache in a decode step", _DECODE),
+        Constant(
+            "qwenfit_read_cache_rows", 0.973, "of a plain read", "a 16-bit KV cache of more than 7 requests", _MANY
+        ),
+        Constant(
+            "qwenfit_read_cache_int8_rows", 0.90, "of a plain read", "an int8 KV cache of more than 3 requests", _MANY
+        ),
         Constant("qwenfit_limit_int8", 4.0e12, "bytes/s", "int8 weights on faster memory: a Hopper's cores", _CORES),
         Constant("qwenfit_limit_int4", 3.72e12, "bytes/s", "int4 weights on faster memory: a Hopper's cores", _CORES),
         Constant("qwenfit_limit_cache", 3.73e12, "bytes/s", "a 16-bit cache on faster memory", _LIMIT),
         Constant("qwenfit_limit_cache_int8", 2.71e12, "bytes/s", "an int8 cache on faster memory", _LIMIT),
+        Constant("qwenfit_limit_cache_rows", 4.2e12, "bytes/s", "a 16-bit cache of many on faster memory", _MANY),
+        Constant("qwenfit_limit_cache_int8_rows", 3.8e12, "bytes/s", "an int8 cache of many on faster memory", _MANY),
         Constant(
             "qwenfit_layer_gap",
             11.6e-6,

@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from qwenfit.errors import UsageError, nearest
 from qwenfit.planning.constants import ROWS_LIMITS, fitted, measured, read
 
-# What a decode step reads: weights by precision ("plain": 16 bits for one request, "plain_rows" for several), KV cache.
-READ_KINDS = ("plain", "plain_rows", "int8", "int4", "cache", "cache_int8")
+# What a decode step reads: weights by precision ("plain": 16 bits for one request, "plain_rows" for several), KV cache
+# ("_rows": for more requests than MANY_REQUESTS).
+READ_KINDS = ("plain", "plain_rows", "int8", "int4", "cache", "cache_int8", "cache_rows", "cache_int8_rows")
 LIMITED = READ_KINDS[2:]  # those that a fast memory brings faster than a card's cores take them
+# Whose attention begins when the product before it is done (kernels/triton/decode_attention.py), by KV cache.
+MANY_REQUESTS = {"cache": 7, "cache_int8": 3}
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Stack:
     share_of_64: float = 1.0  # of a plain read, of 16-bit weights for 64 requests
     rows_gap: float = 0.0  # s per layer and step more with int4 and int8 weights, from 3 requests on
     plain_rows_gap: float = 0.0  # the same with 16-bit weights
-    shared_codes_gap: float = 0.0  # s per layer and step more with an int8 cache, where heads share keys
+    codes_gap: float = 0.0  # s per layer and step more with an int8 cache, of many requests or where heads share keys
     shared_gap: float = 0.0  # s per layer and step more with one or two requests, where heads share keys
     step_host: float = 0.0  # s per step that the host adds to the device's time
     prompt_host: float = 0.0  # s per prompt that the host adds to the device's time
@@ -75,7 +78,7 @@ STACKS: dict[str, Stack] = {
             share_of_64=measured("qwenfit_read_plain_64"),
             rows_gap=measured("qwenfit_rows_gap"),
             plain_rows_gap=measured("qwenfit_plain_rows_gap"),
-            shared_codes_gap=measured("qwenfit_shared_codes_gap"),
+            codes_gap=measured("qwenfit_codes_gap"),
             shared_gap=measured("qwenfit_shared_gap"),
             step_host=measured("qwenfit_step_host"),
             prompt_host=measured("qwenfit_prompt_host"),

@@ -19,6 +19,7 @@ from qwenfit.kernels.triton.decode_attention import (
 from qwenfit.kernels.triton.parts import cut, cut_reference
 from qwenfit.kernels.triton.rotary_cache import embed_with_angles, rotary_cache, rotary_cache_reference
 from qwenfit.model.rotary import inverse_frequencies, logn_scale
+from qwenfit.planning.stack import MANY_REQUESTS
 
 BLOCK_SIZE = 4
 TINY = {"tokens": 16, "warps": 1}
@@ -248,3 +249,4 @@ def test_attention_of_many_sequences_begins_when_the_product_before_it_is_done(
         parts = contexts_in_parts(context.long(), 2, cache, config=TINY)
         decode_step_attention(random(count, 6, 16), new, cache, tables, context.long(), 0.3, parts=parts)
     assert asked == [True, False]
+    assert rows == MANY_REQUESTS["cache_int8" if quantized else "cache"]  # as plans have it

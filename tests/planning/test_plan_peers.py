@@ -99,17 +99,18 @@ OLDER = {*SEARCHED, ("Qwen-1.8B", "int4", 2)}  # the steps recorded with other c
 
 
 def newest_steps() -> list[dict[str, Any]]:
-    """Of each model, precision, cache and number of requests the step that was recorded last."""
+    """Of each model, precision, cache, number of requests and context the step that was recorded last."""
     steps: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for n in (8, 9, 10, 11, 12):
+    for n in (8, 9, 10, 11, 12, 15):
         for run in json.loads((RECORDS / f"gpu-decode-h200-{n}.json").read_text())["runs"]:
             if (run["model"], run["precision"], run["batch"]) not in OLDER:
-                steps[run["model"], run["precision"], run["kv_cache"], run["batch"]] = run
+                steps[run["model"], run["precision"], run["kv_cache"], run["batch"], run["context"]] = run
     for model, precision, count in sorted(SEARCHED):
         several = f"-x{count}" if count > 1 else ""
         found = json.loads((RECORDS / f"gpu-search-h200-{model.lower()}-{precision}{several}.json").read_text())
         run = {"model": model, "precision": precision, "kv_cache": "bf16", "batch": count}
-        steps[model, precision, "bf16", count] = run | {"context": 1024, "tokens": 120, "ms_per_step": found["ms"]}
+        run |= {"context": 1024, "tokens": 120, "ms_per_step": found["ms"]}
+        steps[model, precision, "bf16", count, 1024] = run
     return [steps[key] for key in sorted(steps)]
 
 
@@ -148,10 +149,12 @@ def test_our_engine_runs_the_guides_rows_as_planned(card: str, row: dict[str, An
     options = {"generate": row["measured"]["generated"], "batch": row["batch"], "kv_cache": row["kv_cache"]}
     made = plan(row["model"], gpu=card, advise=False, precision=row["precision"], prompt=1, **options)  # type: ignore[arg-type]
     faster = made.speed.tokens_per_s / row["measured"]["tokens_per_s"]
-    # Another kernel multiplies for 4 requests since that record, and for one of Qwen-14B by other configs.
+    # Another kernel multiplies for 4 requests since that record, and for one of Qwen-14B by other configs. For 64 and
+    # more another does too, and attention of many has become faster.
     newer = row["model"] == "Qwen-14B" and (row["model"], row["precision"], 1) in SEARCHED
     since = card == "H200-SXM-141GB" and (row["batch"] == 4 or newer)
-    assert 0.90 <= faster <= (1.16 if since else 1.10)
+    many = card == "H200-SXM-141GB" and row["batch"] >= 64
+    assert 0.90 <= faster <= (1.20 if many else 1.16 if since else 1.10)
 
 
 def test_our_engine_takes_as_long_to_the_first_token_as_planned() -> None:

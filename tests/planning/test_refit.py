@@ -11,15 +11,16 @@ import pytest
 from qwenfit.bench.refit import Step, fit, main, predicted, steps_of
 from qwenfit.planning.stack import READ_KINDS
 
-RECORD, SEVERAL = (Path(__file__).parents[2] / f"measurements/gpu-decode-h200-{n}.json" for n in (2, 8))
+RECORD, *SEVERAL = (Path(__file__).parents[2] / f"measurements/gpu-decode-h200-{n}.json" for n in (2, 8, 15))
 
 
 def recorded() -> list[Step]:
-    return [step for path in (RECORD, SEVERAL) for step in steps_of(json.loads(path.read_text()))]
+    return [step for path in (RECORD, *SEVERAL) for step in steps_of(json.loads(path.read_text()))]
 
 
 def test_the_constants_that_made_the_times_are_found() -> None:
     shares = {"plain": 0.9, "int8": 0.95, "int4": 0.6, "cache": 0.8, "cache_int8": 0.5, "plain_rows": 0.8}
+    shares |= {"cache_rows": 0.9, "cache_int8_rows": 0.85}
     steps = recorded()
     steps += [replace(step, card="another") for step in steps]  # whose int4 is faster, all else as it is
     true = {f"{kind} {card}": share for kind, share in shares.items() for card in ("H200-SXM-141GB", "another")}
