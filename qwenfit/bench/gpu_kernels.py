@@ -190,7 +190,7 @@ def once_each(configs: Iterable[Config]) -> list[Config]:
 
 def attention_configs(quantized: bool, sequences: int) -> Iterable[Config]:
     if sequences > 1:
-        for tokens in (16, 32) if not quantized else (32, 64):
+        for tokens in (16, 32) if not quantized else (16, 32, 64, 128):
             for warps in (1, 2, 4):
                 yield {"tokens": tokens, "warps": warps} | ({} if quantized else {"registers": 128})
         return

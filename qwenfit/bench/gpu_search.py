@@ -59,10 +59,7 @@ def shortened(config: ModelConfig, precision: str) -> ModelConfig:
 
 
 def trials(model: Transformer, precision: str, kv: str, rows: int) -> Trials:
-    """The kernels of a step of `rows` sequences, each with its shape and the configs to try; the largest first.
-
-    Attention is tried for one sequence alone.
-    """
+    """The kernels of a step of `rows` sequences, each with its shape and the configs to try; the largest first."""
     config = model.config
     found: Trials = []
     if precision != "bf16":
@@ -77,14 +74,12 @@ def trials(model: Transformer, precision: str, kv: str, rows: int) -> Trials:
                 found.append(("bf16_tiles", (int(gated), inputs, out, rows), list(tiles_configs(gated))))
             else:
                 found.append(("bf16_matvec", (inputs, out, rows), list(bf16_configs(rows))))
-    if rows > 1:
-        return found
     size, groups = 1 if kv == "int8" else 2, config.num_heads // config.num_kv_heads
     if groups == 1:
-        shape = (size, config.head_dim, config.num_heads)
-        found.append(("decode_heads", shape, list(attention_configs(kv == "int8", 1))))
+        shape = (size, config.head_dim, config.num_heads * rows)
+        found.append(("decode_heads", shape, list(attention_configs(kv == "int8", rows))))
     else:
-        found.append(("decode_attention", (size, config.head_dim, groups, 1), list(group_configs(1))))
+        found.append(("decode_attention", (size, config.head_dim, groups, rows), list(group_configs(rows))))
     return found
 
 
@@ -200,6 +195,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--sequences", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=100, help="in all")
+    parser.add_argument("--kernels", default="", help="names of those to search, comma-separated; default: all")
     parser.add_argument("--tuned", type=Path, help="configs to begin with, a file as in kernels/triton/tuned/")
     parser.add_argument("--compile", metavar="I/N", help="only compile the I-th of N shares of what would be tried")
     parser.add_argument("--compile-only", action="store_true", help="for a later run, beside another one")
@@ -220,6 +216,8 @@ def main() -> None:
     short = shortened(config, options.precision)
     step = whole_step(replace(short, num_layers=1) if options.compile else short, options)
     kernels = trials(step.model, options.precision, options.kv_cache, options.sequences)
+    if wanted := options.kernels.split(",") if options.kernels else []:
+        kernels = [trial for trial in kernels if trial[0] in wanted]
     if options.compile:
         compile_all(step, kernels, options.compile)
         return
