@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+from qwenfit.kernels.triton import launch
 
 SCRIPT = """
 import threading
@@ -40,7 +42,7 @@ driver.set_active(Hopper())
 torch.cuda.get_device_capability = lambda *_: (9, 0)
 
 from qwenfit.kernels.triton.gate import silu_mul
-from qwenfit.kernels.triton.launch import compile_side_by_side, compiled_instead
+from qwenfit.kernels.triton.launch import FUSED, compile_side_by_side, compiled_instead
 
 
 @triton.jit
@@ -61,7 +63,7 @@ by = []
 
 
 def launch():
-    broken[(1,)](x)
+    broken[(1,)](x, **FUSED)
     for _ in range(3):
         assert compiled_instead("the same", lambda: by.append(threading.get_ident()))
     assert compiled_instead("fails", lambda: 1 / 0)
@@ -105,7 +107,7 @@ assert sorted(compiled) == ["_silu_mul", "_silu_mul"], compiled
 silu_mul(x), silu_mul(x.half())
 assert len(compiled) == 2 and launched == ["_silu_mul", "_silu_mul"], (compiled, launched)
 try:
-    broken[(1,)](x)
+    broken[(1,)](x, **FUSED)
 except Exception as error:
     print("told:", type(error).__name__)
 """
@@ -124,3 +126,19 @@ def test_kernels_are_compiled_side_by_side_and_not_run(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.split() == ["interrupted", "told:", "CompilationError"]
+    assert "Warning" not in done.stderr  # Triton 3.9 warns of what it has to choose itself
+
+
+def test_every_launch_says_what_versions_of_triton_choose_differently() -> None:
+    """By FUSED, or by what holds it."""
+    launches = 0
+    for path in sorted(Path(launch.__file__).parent.glob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Subscript):
+                name = ast.unparse(call.func.value)
+                if name.startswith("_") and "." not in name:
+                    spread = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg is None]
+                    said = ("FUSED", "options(", "shared", "constants")
+                    assert any(word in each for each in spread for word in said), f"{path.name}:{call.lineno}"
+                    launches += 1
+    assert launches > 30

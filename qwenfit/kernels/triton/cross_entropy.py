@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwenfit.kernels.triton.launch import FUSED
+
 _TILE = 4096
 
 
@@ -27,7 +29,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, divisor: float, losses: Tenso
     rows, vocab = logits.shape
     tile = min(_TILE, triton.next_power_of_2(vocab))
     _cross_entropy[(rows,)](
-        logits, targets, losses, vocab, 1.0 / divisor, TILE=tile, NEEDS_GRAD=needs_grad, num_warps=max(1, tile // 512)
+        logits, targets, losses, vocab, 1.0 / divisor, TILE=tile, NEEDS_GRAD=needs_grad, num_warps=max(1, tile // 512),
+        **FUSED,
     )  # fmt: skip
 
 

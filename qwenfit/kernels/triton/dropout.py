@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwenfit.kernels.triton.launch import FUSED
+
 _LANES = 512  # draws of a program, of eight elements each
 
 
@@ -26,7 +28,7 @@ def dropout(x: Tensor, probability: float, seed: int, out: Tensor | None = None)
         out = torch.empty_like(x)
     threshold, scale = keep_scale(probability)
     n = x.numel()
-    _dropout[(triton.cdiv(n, 8 * _LANES),)](x, out, n, seed, threshold, scale, LANES=_LANES, num_warps=2)
+    _dropout[(triton.cdiv(n, 8 * _LANES),)](x, out, n, seed, threshold, scale, LANES=_LANES, num_warps=2, **FUSED)
     return out
 
 
@@ -38,7 +40,7 @@ def dropout_backward(x: Tensor, through: Tensor, grad: Tensor, probability: floa
     threshold, scale = keep_scale(probability)
     n = x.numel()
     _backward[(triton.cdiv(n, 8 * _LANES),)](
-        x, through, grad, n, seed, threshold, scale, LANES=_LANES, num_warps=2
+        x, through, grad, n, seed, threshold, scale, LANES=_LANES, num_warps=2, **FUSED
     )  # fmt: skip
 
 

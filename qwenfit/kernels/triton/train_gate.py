@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qwenfit.kernels.triton.gate import silu_mul as silu_mul_forward
+from qwenfit.kernels.triton.launch import FUSED
 
 _TILE = 1024
 
@@ -38,7 +39,7 @@ class _SiluMul(torch.autograd.Function):
 def silu_mul_backward(gate_up: Tensor, grad: Tensor) -> Tensor:
     """gate_up [tokens, 2 width] becomes the gradient of itself, from that of the result [tokens, width]."""
     tokens, width = grad.shape
-    _backward[(tokens, triton.cdiv(width, _TILE))](gate_up, grad, WIDTH=width, TILE=_TILE)
+    _backward[(tokens, triton.cdiv(width, _TILE))](gate_up, grad, WIDTH=width, TILE=_TILE, **FUSED)
     return gate_up
 
 
