@@ -216,7 +216,11 @@ def main() -> None:
     short = shortened(config, options.precision)
     step = whole_step(replace(short, num_layers=1) if options.compile else short, options)
     kernels = trials(step.model, options.precision, options.kv_cache, options.sequences)
-    if wanted := options.kernels.split(",") if options.kernels else []:
+    if options.kernels:
+        names = {name for name, *_ in kernels}
+        wanted = options.kernels.split(",")
+        if unknown := [name for name in wanted if name not in names]:
+            parser.error(f"--kernels {unknown[0]}: such a step takes {', '.join(sorted(names))}")
         kernels = [trial for trial in kernels if trial[0] in wanted]
     if options.compile:
         compile_all(step, kernels, options.compile)

@@ -42,7 +42,7 @@ driver.set_active(Hopper())
 torch.cuda.get_device_capability = lambda *_: (9, 0)
 
 from qwenfit.kernels.triton.gate import silu_mul
-from qwenfit.kernels.triton.launch import FUSED, compile_side_by_side, compiled_instead
+from qwenfit.kernels.triton.launch import FUSED_SUMS, compile_side_by_side, compiled_instead
 
 
 @triton.jit
@@ -63,7 +63,7 @@ by = []
 
 
 def launch():
-    broken[(1,)](x, **FUSED)
+    broken[(1,)](x, **FUSED_SUMS)
     for _ in range(3):
         assert compiled_instead("the same", lambda: by.append(threading.get_ident()))
     assert compiled_instead("fails", lambda: 1 / 0)
@@ -107,7 +107,7 @@ assert sorted(compiled) == ["_silu_mul", "_silu_mul"], compiled
 silu_mul(x), silu_mul(x.half())
 assert len(compiled) == 2 and launched == ["_silu_mul", "_silu_mul"], (compiled, launched)
 try:
-    broken[(1,)](x, **FUSED)
+    broken[(1,)](x, **FUSED_SUMS)
 except Exception as error:
     print("told:", type(error).__name__)
 """
@@ -130,7 +130,7 @@ def test_kernels_are_compiled_side_by_side_and_not_run(tmp_path: Path) -> None:
 
 
 def test_every_launch_says_what_versions_of_triton_choose_differently() -> None:
-    """By FUSED, or by what holds it."""
+    """By FUSED_SUMS, or by what holds it."""
     launches = 0
     for path in sorted(Path(launch.__file__).parent.glob("*.py")):
         for call in ast.walk(ast.parse(path.read_text())):
@@ -138,7 +138,7 @@ def test_every_launch_says_what_versions_of_triton_choose_differently() -> None:
                 name = ast.unparse(call.func.value)
                 if name.startswith("_") and "." not in name:
                     spread = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg is None]
-                    said = ("FUSED", "options(", "shared", "constants")
+                    said = ("FUSED_SUMS", "options(", "shared", "constants")
                     assert any(word in each for each in spread for word in said), f"{path.name}:{call.lineno}"
                     launches += 1
     assert launches > 30

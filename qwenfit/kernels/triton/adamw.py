@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwenfit.kernels.triton.launch import FUSED
+from qwenfit.kernels.triton.launch import FUSED_SUMS
 
 _TILE = 1024
 
@@ -46,7 +46,7 @@ def adamw(weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, update: U
     _adamw[(triton.cdiv(n, _TILE),)](
         weight, grad, first, second, n, seed, update.gradient_scale, 1 - beta1, beta2, 1 - beta2, update.eps,
         update.decay, 1 / (1 - beta2**update.step), update.lr / (1 - beta1**update.step), TILE=_TILE, num_warps=4,
-        **FUSED,
+        **FUSED_SUMS,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwenfit.kernels.triton.launch import FUSED
+from qwenfit.kernels.triton.launch import FUSED_SUMS
 
 _TILE = 4096
 
@@ -30,7 +30,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, divisor: float, losses: Tenso
     tile = min(_TILE, triton.next_power_of_2(vocab))
     _cross_entropy[(rows,)](
         logits, targets, losses, vocab, 1.0 / divisor, TILE=tile, NEEDS_GRAD=needs_grad, num_warps=max(1, tile // 512),
-        **FUSED,
+        **FUSED_SUMS,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwenfit.kernels.triton.launch import FUSED
+from qwenfit.kernels.triton.launch import FUSED_SUMS
 
 _LANES = 512  # draws of a program, of eight elements each
 
@@ -28,7 +28,7 @@ def dropout(x: Tensor, probability: float, seed: int, out: Tensor | None = None)
         out = torch.empty_like(x)
     threshold, scale = keep_scale(probability)
     n = x.numel()
-    _dropout[(triton.cdiv(n, 8 * _LANES),)](x, out, n, seed, threshold, scale, LANES=_LANES, num_warps=2, **FUSED)
+    _dropout[(triton.cdiv(n, 8 * _LANES),)](x, out, n, seed, threshold, scale, LANES=_LANES, num_warps=2, **FUSED_SUMS)
     return out
 
 
@@ -40,7 +40,7 @@ def dropout_backward(x: Tensor, through: Tensor, grad: Tensor, probability: floa
     threshold, scale = keep_scale(probability)
     n = x.numel()
     _backward[(triton.cdiv(n, 8 * _LANES),)](
-        x, through, grad, n, seed, threshold, scale, LANES=_LANES, num_warps=2, **FUSED
+        x, through, grad, n, seed, threshold, scale, LANES=_LANES, num_warps=2, **FUSED_SUMS
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ _COMPILING = threading.Lock()
 _compiling: _Compiling | None = None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # A sum after a product is one instruction with it. Triton does so by itself until 3.10, and 3.9 warns of it.
-FUSED = {"enable_fp_fusion": True}
+FUSED_SUMS = {"enable_fp_fusion": True}
 
 
 @triton.jit
@@ -80,15 +80,15 @@ def _overlaps(device: torch.device) -> bool:
 
 
 def options(tensor: torch.Tensor, beside: bool = True) -> dict[str, Any]:
-    """Keyword arguments of a launch on `tensor`'s device: FUSED, and programmatic dependent launch where there is such.
+    """Keyword arguments of a launch on `tensor`'s device: FUSED_SUMS, and programmatic dependent launch if it has that.
 
-    beside: the kernel may begin while the one before it runs, and the next one while it does. A core that has begun
-    keeps its memory divided into shared memory and first-level cache as the kernel before needed it: one that takes
-    long and reads through that cache is faster after one that leaves it little.
+    beside: the kernel may begin while the one before it runs, and the next one while it does. A core on which it begins
+    so keeps its memory divided into shared memory and first-level cache as the kernel before needed it. Where that
+    leaves the cache little, a kernel that takes long and reads through it had better begin later.
     """
     if INTERPRETED or not beside or not _overlaps(tensor.device):
-        return {"OVERLAP": False, **FUSED}
-    return {"OVERLAP": True, "launch_pdl": True, **FUSED}
+        return {"OVERLAP": False, **FUSED_SUMS}
+    return {"OVERLAP": True, "launch_pdl": True, **FUSED_SUMS}
 
 
 class _Loading(ThreadPoolExecutor):

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qwenfit.kernels.triton.gate import silu_mul as silu_mul_forward
-from qwenfit.kernels.triton.launch import FUSED
+from qwenfit.kernels.triton.launch import FUSED_SUMS
 
 _TILE = 1024
 
@@ -39,7 +39,7 @@ class _SiluMul(torch.autograd.Function):
 def silu_mul_backward(gate_up: Tensor, grad: Tensor) -> Tensor:
     """gate_up [tokens, 2 width] becomes the gradient of itself, from that of the result [tokens, width]."""
     tokens, width = grad.shape
-    _backward[(tokens, triton.cdiv(width, _TILE))](gate_up, grad, WIDTH=width, TILE=_TILE, **FUSED)
+    _backward[(tokens, triton.cdiv(width, _TILE))](gate_up, grad, WIDTH=width, TILE=_TILE, **FUSED_SUMS)
     return gate_up
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qwenfit.kernels.norm import rms_norm_reference
-from qwenfit.kernels.triton.launch import FUSED
+from qwenfit.kernels.triton.launch import FUSED_SUMS
 
 _ROWS = 16  # rows of a program of the backward pass, which sums the weight's gradient over them
 
@@ -39,7 +39,7 @@ class _AddNorm(torch.autograd.Function):
         lanes = triton.next_power_of_2(width)
         _forward[(tokens,)](
             x, residual, weight, normed, total, eps, WIDTH=width, LANES=lanes, HAS_RESIDUAL=residual is not None,
-            num_warps=_warps(lanes), **FUSED,
+            num_warps=_warps(lanes), **FUSED_SUMS,
         )  # fmt: skip
         ctx.save_for_backward(total, weight)
         ctx.eps, ctx.has_residual = eps, residual is not None
@@ -65,7 +65,7 @@ def add_norm_backward(
     partial = torch.empty(programs, width, dtype=torch.float32, device=total.device) if needs_weight else None
     _backward[(programs,)](
         total, weight, grad_normed, grad_total, grad, partial, total.numel(), eps, WIDTH=width, LANES=lanes, ROWS=_ROWS,
-        NEEDS_WEIGHT=needs_weight, num_warps=_warps(lanes), **FUSED,
+        NEEDS_WEIGHT=needs_weight, num_warps=_warps(lanes), **FUSED_SUMS,
     )  # fmt: skip
     return grad, partial
 

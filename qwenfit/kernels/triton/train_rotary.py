@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qwenfit.kernels.rotary import rotate_reference
-from qwenfit.kernels.triton.launch import FUSED
+from qwenfit.kernels.triton.launch import FUSED_SUMS
 
 _HEADS = 8  # of a program
 
@@ -65,7 +65,7 @@ def turn(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, sign: float,
         out = torch.empty(tokens, heads + 2 * kv_heads, width, dtype=q.dtype, device=q.device)
     _turn[(tokens, triton.cdiv(heads + 2 * kv_heads, _HEADS))](
         q, k, v, cos, sin, out, q.stride(0), k.stride(0), v.stride(0), sign, H=heads, KV=kv_heads, HALF=width // 2,
-        LANES=triton.next_power_of_2(width // 2), TILE=_HEADS, num_warps=2, **FUSED,
+        LANES=triton.next_power_of_2(width // 2), TILE=_HEADS, num_warps=2, **FUSED_SUMS,
     )  # fmt: skip
     return out
 
