@@ -27,24 +27,38 @@ from qwenfit.checkpoint.resolve import resolve_model
 from qwenfit.config import ModelConfig
 from qwenfit.kernels.kv_quant import dequantize_kv
 from qwenfit.kernels.triton import ragged, tuning
-from qwenfit.kernels.triton.prompt_attention import prompt_attention, prompt_attention_reference, tiles_of
+from qwenfit.kernels.triton.prompt_attention import Turn, prompt_attention, prompt_attention_reference, tiles_of
 from qwenfit.model.attention import FullContext
 from qwenfit.model.batch import Chunk, make_batch
 from qwenfit.model.kv_cache import KVCache
+from qwenfit.model.rotary import inverse_frequencies
 from qwenfit.model.transformer import Transformer
 
 Run = Callable[[], torch.Tensor]
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Shape = tuple[int, int, int]  # heads, kv_heads, head_dim
-OWN, *SHARED = [(32, 32, 128), (28, 4, 128), (32, 8, 128), (14, 2, 64)]  # Qwen-7B; Qwen2.5-7B, Qwen3-8B, Qwen2.5-0.5B
-LAYERS = 32
-LENGTHS = (64, 256, 512, 1024, 2048)
+OWN, *OTHERS = [  # Qwen-7B; Qwen-1.8B, Qwen2.5-7B, Qwen3-8B, Qwen2.5-1.5B, Qwen2.5-0.5B
+    (32, 32, 128), (16, 16, 128), (28, 4, 128), (32, 8, 128), (12, 2, 128), (14, 2, 64)
+]  # fmt: skip
+LAYERS = 32  # of Qwen-7B
+LENGTHS = {
+    64: 32,
+    256: 32,
+    384: 32,
+    512: 32,
+    640: 32,
+    768: 32,
+    1024: 32,
+    2048: 16,
+    8192: 4,
+}  # launches in a row of each
 CONFIGS = [
     {"m": 128, "n": 128, "warps": 8, "stages": 2},
     {"m": 128, "n": 64, "warps": 8, "stages": 3},
     {"m": 128, "n": 64, "warps": 4, "stages": 3},
     {"m": 64, "n": 64, "warps": 4, "stages": 3},
     {"m": 64, "n": 128, "warps": 4, "stages": 2},
+    ragged.HOPPER_LONG,
 ]
 CASES: list[tuple[str, str, int | None]] = [  # model, KV cache, bits of the layers
     ("Qwen-7B", "bf16", None),
@@ -83,24 +97,33 @@ def plan_of(queries: list[int], contexts: list[int], config: dict[str, int] | No
     )
 
 
-def attention_of(config: dict[str, int], queries: list[int], contexts: list[int], tensors: Three) -> Run:
+def attention_of(
+    config: dict[str, int], queries: list[int], contexts: list[int], tensors: Three, turn: Turn | None = None
+) -> Run:
     plan = plan_of(queries, contexts, config)
     assert plan.tiles is not None
     starts, scale = (plan.query_starts, plan.context_starts), tensors[0].shape[2] ** -0.5
-    return partial(prompt_attention, *tensors, *starts, plan.tiles, scale, config)
+    return partial(prompt_attention, *tensors, *starts, plan.tiles, scale, config, turn)
+
+
+def turn_of(length: int, head_dim: int) -> Turn:
+    """What rotates the queries of a prompt, as a model has it."""
+    radians = torch.arange(length, device=DEVICE)[:, None] * inverse_frequencies(head_dim, 1e4).to(DEVICE)
+    cos, sin = radians.cos(), radians.sin()
+    return Turn(torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None], None)
 
 
 def compile_attention(config: dict[str, int]) -> None:
     """Only for the cache on disk."""
     attention_of(config, [130], [130], projected([130], [130]))()
     attention_of(config, [7, 130], [7, 200], projected([7, 130], [7, 200], (4, 4, 128)))()
-    for shape in SHARED:
-        attention_of(config, [130], [130], projected([130], [130], shape))()
+    for shape in (OWN, *OTHERS):
+        attention_of(config, [130], [130], projected([130], [130], shape), turn_of(130, shape[2]))()
 
 
-def milliseconds(run: Run) -> float:
+def milliseconds(run: Run, launches: int) -> float:
     """Of a launch, one after the other in a CUDA graph."""
-    return time_us([run] * LAYERS) / 1e3
+    return time_us([run] * launches) / 1e3
 
 
 def choose_attention() -> Figures:
@@ -124,7 +147,7 @@ def choose_attention() -> Figures:
             continue
         made["rows"].append({"config": config, "error": error})
         working += [config] if error < BOUND else []
-    for shape in (OWN, *SHARED):
+    for shape in (OWN, *OTHERS):
         for length in LENGTHS:
             row = time_attention(shape, length, working)
             if row["best"] is not None:
@@ -136,11 +159,16 @@ def choose_attention() -> Figures:
 
 
 def time_attention(shape: Shape, length: int, configs: list[dict[str, int]]) -> Figures:
-    """Milliseconds of a prompt of `length` tokens by torch, by ours with each config and, of OWN, by cuDNN."""
-    tensors, plan = projected([length], [length], shape), plan_of([length], [length])
-    flash = milliseconds(partial(ragged.flash, *tensors, plan, shape[2] ** -0.5))
+    """Milliseconds of a prompt of `length` tokens by torch, by ours with each config and, of OWN, by cuDNN.
+
+    Ours rotates the queries too.
+    """
+    tensors, plan, launches = projected([length], [length], shape), plan_of([length], [length]), LENGTHS[length]
+    turn = turn_of(length, shape[2])
+    flash = milliseconds(partial(ragged.flash, *tensors, plan, shape[2] ** -0.5), launches)
     timed: list[tuple[float, dict[str, int] | None]] = [(flash, None)]
-    timed += [(milliseconds(attention_of(config, [length], [length], tensors)), config) for config in configs]
+    for config in configs:
+        timed.append((milliseconds(attention_of(config, [length], [length], tensors, turn), launches), config))
     row: Figures = {"shape": shape, "length": length, "flash": flash, "ours": [ms for ms, _ in timed[1:]]}
     try:
         row |= time_cudnn(length) if shape == OWN else {}
@@ -162,7 +190,7 @@ def time_cudnn(length: int) -> Figures:
         first = (time.perf_counter() - began) * 1e3
     error = relative_error(out, ragged.flash(*tensors, plan, 128**-0.5))
     tensors, plan = projected([length], [length]), plan_of([length], [length])
-    again = milliseconds(partial(ragged.cudnn, *tensors, plan, 128**-0.5))
+    again = milliseconds(partial(ragged.cudnn, *tensors, plan, 128**-0.5), LENGTHS[length])
     return {"cudnn": again if error < BOUND else float("inf"), "cudnn_plans": first - again, "cudnn_error": error}
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
-import shutil
-import subprocess
 import types
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.kernels.emulated_hopper import Map, emulated
 from tests.kernels.triton_cases import error, poisoned, random
 
 pytest.importorskip("triton")
@@ -20,6 +18,7 @@ from qwenfit.catalog import dense_model_names
 from qwenfit.checkpoint.resolve import resolve_model
 from qwenfit.kernels.choice import HOPPER_ROWS, TILES_ROWS
 from qwenfit.kernels.hopper import compiled, product
+from qwenfit.kernels.hopper.instructions import wgmma
 from qwenfit.kernels.hopper.product import Layout, chosen, has_hopper_product
 from qwenfit.kernels.triton.bf16_matvec import bf16_matvec_reference
 
@@ -33,30 +32,9 @@ extern "C" void run(TensorMap* x, TensorMap* w, void* y, const u16* bias, int ro
 """
 
 
-class Map(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("columns", ctypes.c_longlong),
-        ("rows", ctypes.c_longlong),
-        ("box_rows", ctypes.c_int),
-    )
-
-
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
     return tmp_path_factory.mktemp("emulated")
-
-
-def emulated(folder: Path, source: str) -> ctypes.CDLL:
-    path = folder / f"{hashlib.sha256(source.encode()).hexdigest()[:16]}.so"
-    if not path.exists():
-        written = path.with_suffix(".cc")
-        written.write_text(source)
-        command = ["g++", "-std=c++20", "-O2", "-w", "-fPIC", "-shared", "-pthread", str(written), "-o", str(path)]
-        subprocess.run(command, check=True)
-    return ctypes.CDLL(str(path))
 
 
 def multiply(
@@ -73,18 +51,12 @@ def multiply(
 ) -> None:
     (rows, inputs), (out, _), outputs = x.shape, weight.shape, y.shape[1]
     text = product.source(layout, gated, y.dtype == torch.float32, add, bias is not None, early)
-    for real, stand_in in (
-        (product.text("primitives.cuh"), Path(__file__).with_name("emulated_hopper.h").read_text()),
-        (product._wgmma(layout.columns), ""),
-    ):
-        assert real in text
-        text = text.replace(real, stand_in)
     brought = -(-rows // 8) * 8
-    map_x = Map(x.data_ptr(), inputs, rows, brought)
-    map_w = Map(weight.data_ptr(), inputs, out, layout.columns // (2 if gated else 1))
+    map_x = Map(x.data_ptr(), inputs, rows, inputs, brought)
+    map_w = Map(weight.data_ptr(), inputs, out, inputs, layout.columns // (2 if gated else 1))
     numbers = rows, outputs, -(-inputs // 64), layout.tiles(outputs, gated), brought
     programs = layout.programs(outputs, gated, cores)
-    emulated(folder, text + MAIN).run(
+    emulated(folder, text, MAIN, wgmma(layout.columns)).run(
         ctypes.byref(map_x), ctypes.byref(map_w), ctypes.c_void_p(y.data_ptr()),
         ctypes.c_void_p(None if bias is None else bias.data_ptr()), *numbers, programs, layout.shared,
     )  # fmt: skip

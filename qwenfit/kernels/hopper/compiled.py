@@ -77,14 +77,17 @@ def _need_context(device: int) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def tensor_map(pointer: int, rows: int, columns: int, box_rows: int) -> ctypes.Array[ctypes.c_uint64]:
-    """Tiles of `box_rows` rows and 64 columns, swizzled, of a bfloat16 matrix; nought beyond its ends."""
+def tensor_map(pointer: int, rows: int, columns: int, stride: int, box_rows: int) -> ctypes.Array[ctypes.c_uint64]:
+    """Tiles of `box_rows` rows and 64 columns, swizzled, of a bfloat16 matrix; nought beyond its ends.
+
+    A row begins `stride` numbers, a multiple of 8, behind the one before it.
+    """
     room = (ctypes.c_uint64 * 24)()  # a map lies at a multiple of 64 bytes
     described = TensorMap.from_buffer(room, -ctypes.addressof(room) % 64)
     _check(
         _driver().cuTensorMapEncodeTiled(
             ctypes.byref(described), _BFLOAT16, 2, ctypes.c_void_p(pointer),
-            (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(columns * 2),
+            (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(stride * 2),
             (ctypes.c_uint32 * 2)(64, box_rows), (ctypes.c_uint32 * 2)(1, 1), 0, _SWIZZLED, _LINES, 0,
         )
     )  # fmt: skip

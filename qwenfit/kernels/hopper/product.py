@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import dataclass
-from importlib import resources
 
 import torch
 
 from qwenfit.kernels.hopper.compiled import Kernel, Missing, compiled, tensor_map
+from qwenfit.kernels.hopper.instructions import text, wgmma
 from qwenfit.kernels.triton.bf16_tiles import has_bf16_tiles
 from qwenfit.kernels.triton.launch import compiled_instead
 
@@ -66,26 +66,7 @@ def source(layout: Layout, gated: bool, wide: bool, add: bool, bias: bool, early
         "GATED": gated, "WIDE": wide, "ADD": add, "BIAS": bias, "EARLY": early,
     }  # fmt: skip
     parts = [f"#define {name} {int(value)}" for name, value in defined.items()]
-    return "\n".join([*parts, text("primitives.cuh"), _wgmma(layout.columns), text("product.cu")])
-
-
-def text(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def _wgmma(columns: int) -> str:
-    """The instruction that adds a product of 64 rows, `columns` and 16 inputs to the sums of a group of threads."""
-    count = columns // 2
-    sums = ", ".join(f"%{i}" for i in range(count))
-    operands = ", ".join(f'"+f"(sums[{i}])' for i in range(count))
-    return f"""
-__device__ inline void wgmma(float (&sums)[{count}], u64 x, u64 w, bool add) {{
-    asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n"
-        "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 "
-        "{{{sums}}}, %{count}, %{count + 1}, p, 1, 1, 0, 0;\\n}}"
-        : {operands} : "l"(x), "l"(w), "r"((int)add));
-}}
-"""
+    return "\n".join([*parts, text("primitives.cuh"), wgmma(layout.columns), text("fragments.cuh"), text("product.cu")])
 
 
 def has_hopper_product(weight: torch.Tensor) -> bool:
@@ -140,8 +121,8 @@ def hopper_product(
         layout.programs(outputs, gated, cores),
         torch.cuda.current_stream(x.device).cuda_stream,
         (
-            tensor_map(x.data_ptr(), rows, inputs, brought),
-            tensor_map(weight.data_ptr(), weight.shape[0], inputs, layout.columns // (2 if gated else 1)),
+            tensor_map(x.data_ptr(), rows, inputs, inputs, brought),
+            tensor_map(weight.data_ptr(), weight.shape[0], inputs, inputs, layout.columns // (2 if gated else 1)),
             ctypes.c_void_p(out.data_ptr()),
             ctypes.c_void_p(None if bias is None else bias.data_ptr()),
             *map(ctypes.c_int, numbers),

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch.nn.functional import scaled_dot_product_attention
 
+from qwenfit.kernels.hopper.attention import hopper_attention
 from qwenfit.kernels.triton.launch import options, start_after_previous
 
 Lens = list[int]
@@ -73,14 +74,17 @@ def prompt_attention(
     """`prompt_attention_reference` in one kernel, from int32 [prompts + 1] of where each prompt's rows begin.
 
     tiles: int32 [programs, 2] of `tiles_of` for config["m"] queries each; a first query that the prompt does not have
-    stands for none. before: int32 [1], rows of q that come before the first prompt's; None: none. Rows of `out` that
-    are no prompt's are left alone. Heads are contiguous and a power of two wide; tokens may be strided. With `turn` the
-    queries are as they were projected, and each step on them is rounded to their dtype.
+    stands for none, one that q has no row for, for the end of the list. before: int32 [1], rows of q that come before
+    the first prompt's; None: none. Rows of `out` that are no prompt's are left alone. Heads are contiguous and a power
+    of two wide; tokens may be strided. With `turn` the queries are as they were projected, and each step on them is
+    rounded to their dtype. A config with "hopper" is for the kernel in CUDA C++, and bfloat16.
     """
     cos, sin, query_scale = turn or (None, None, None)
     heads, head_dim = q.shape[1:]
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if "hopper" in config:
+        return hopper_attention(q, k, v, query_starts, context_starts, tiles, scale, turn, before, out)
     _prompt_attention[(heads, len(tiles))](
         q, k, v, out, cos, sin, query_scale, query_starts, context_starts, tiles, before, q.stride(0), k.stride(0),
         v.stride(0), scale * 1.4426950408889634, HEADS=heads, GROUP=heads // k.shape[1], DIM=head_dim,

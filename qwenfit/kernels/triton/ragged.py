@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from qwenfit.kernels.attention import LayerCache, RaggedStep, paged_attention_reference, write_kv
+from qwenfit.kernels.hopper.attention import HEAD_DIMS, QUERIES, why_not
 from qwenfit.kernels.norm import rms_norm
 from qwenfit.kernels.rotary import rotate
 from qwenfit.kernels.triton.decode_attention import NewTokens, Parts, contexts_in_parts, decode_step_attention
@@ -28,6 +29,8 @@ _HEADS = 8  # of a program
 HOPPER = {"m": 64, "n": 64, "warps": 4, "stages": 3}
 HOPPER_SMALL_HEADS = {"m": 64, "n": 128, "warps": 4, "stages": 2}  # of 64, with prompts of more than SHORT tokens
 SHORT = 1024
+HOPPER_LONG = {"m": QUERIES, "hopper": 1}  # in CUDA C++, for more than LONG tokens in TILES tiles or more
+LONG, TILES = 512, 72
 
 
 @dataclass(frozen=True)
@@ -87,16 +90,20 @@ def prompt_config(heads: int, cache: LayerCache, dtype: torch.dtype, query_lens:
     None: nothing was measured.
     """
     kv_heads, head_dim = cache.key.shape[2:]
-    return _fastest(cache.key.device, dtype, head_dim, heads // kv_heads, max(query_lens))
+    return _fastest(cache.key.device, dtype, (heads, kv_heads, head_dim), max(query_lens))
 
 
 def _fastest(
-    device: torch.device, dtype: torch.dtype, head_dim: int, group: int, longest: int
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], longest: int
 ) -> dict[str, int] | None:
     if device.type != "cuda" or dtype == torch.float32:
         return None
-    config = measured("prompt_attention", (head_dim, group, longest))
-    if config is None and torch.cuda.get_device_capability(device)[0] == 9 and head_dim in (64, 128):
+    heads, kv_heads, head_dim = shape
+    config = measured("prompt_attention", (head_dim, heads // kv_heads, longest))
+    if config is None and torch.cuda.get_device_capability(device)[0] == 9 and head_dim in HEAD_DIMS:
+        many = longest > LONG and heads * -(-longest // QUERIES) >= TILES
+        if many and dtype == torch.bfloat16 and not why_not(device, head_dim):
+            return HOPPER_LONG
         return HOPPER_SMALL_HEADS if head_dim == 64 and longest > SHORT else HOPPER
     return config
 
@@ -177,10 +184,10 @@ def compile_prompt_attention(qkv: torch.Tensor, kv_heads: int, turn: Turn | None
     starts = torch.tensor([0, len(qkv), 0, 0], dtype=torch.int32, device=qkv.device)
     tiles, before = starts[2:].view(1, 2), starts[2:3]
     q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
-    group = heads // kv_heads
-    wanted = key("prompt_attention", (head_dim, group, 1)).removesuffix("1")
+    wanted = key("prompt_attention", (head_dim, heads // kv_heads, 1)).removesuffix("1")
     possible: list[dict[str, int] | None] = [config for name, config in in_force().items() if name.startswith(wanted)]
-    possible += [_fastest(q.device, q.dtype, head_dim, group, length) for length in (1, SHORT + 1)]
+    lengths = 1, SHORT + 1, TILES * QUERIES
+    possible += [_fastest(q.device, q.dtype, (heads, kv_heads, head_dim), length) for length in lengths]
     for config in {str(config): config for config in possible}.values():
         if is_own(config):
             prompt_attention(q, k, v, starts[:2], starts[:2], tiles, 1.0, config, turn, before)

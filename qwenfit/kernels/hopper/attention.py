@@ -1,0 +1,94 @@
+"""Attention of prompts in CUDA C++: triton/prompt_attention.py's kernel for long prompts on a Hopper."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+
+from qwenfit.kernels.hopper.compiled import Kernel, Missing, compiled, tensor_map
+from qwenfit.kernels.hopper.instructions import text, wgmma, wgmma_held
+from qwenfit.kernels.triton.launch import compiled_instead
+
+if TYPE_CHECKING:
+    from qwenfit.kernels.triton.prompt_attention import Turn
+
+QUERIES = 128  # of a tile
+HEAD_DIMS = (64, 128)
+KEYS = 128  # of a block
+_THREADS = 384
+
+
+def source(head_dim: int) -> str:
+    parts = [text("primitives.cuh"), wgmma(KEYS), wgmma_held(head_dim), text("fragments.cuh"), text("attention.cu")]
+    return "\n".join([f"#define DIM {head_dim}", *parts])
+
+
+def shared_bytes(head_dim: int) -> int:
+    """Two tiles each of queries, keys and values, two barriers for each, and two jobs."""
+    return 6 * (2 * 128 * head_dim + 16) + 2 * 32
+
+
+@functools.cache
+def why_not(device: torch.device, head_dim: int) -> str:
+    """Why the kernel for heads of HEAD_DIMS is missing on a GPU; empty where it is there."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return "it is for Hopper GPUs"
+    try:
+        _kernel(head_dim, device)
+    except (Missing, OSError, RuntimeError, AttributeError) as failure:
+        return str(failure)
+    return ""
+
+
+def hopper_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    query_starts: torch.Tensor,
+    context_starts: torch.Tensor,
+    tiles: torch.Tensor,
+    scale: float,
+    turn: Turn | None,
+    before: torch.Tensor | None,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """`prompt_attention` for bfloat16 heads of one of HEAD_DIMS and tiles of QUERIES; tokens lie 8 i numbers apart."""
+    device, (_, heads, head_dim), kv_heads = q.device, q.shape, k.shape[1]
+    if compiled_instead(("hopper attention", head_dim, device), lambda: _kernel(head_dim, device)):
+        return out
+    jobs = heads * len(tiles)
+    if jobs == 0:
+        return out
+    maps = [tensor_map(x.data_ptr(), len(x), kv_heads * head_dim, x.stride(0), KEYS) for x in (k, v)]
+    cos, sin, query_scale = turn or (None, None, None)
+    pointers = (q, out, cos, sin, query_scale, query_starts, context_starts, tiles, before)
+    _kernel(head_dim, device)(
+        min(jobs, torch.cuda.get_device_properties(device).multi_processor_count),
+        torch.cuda.current_stream(device).cuda_stream,
+        (
+            *maps,
+            *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in pointers),
+            ctypes.c_longlong(q.stride(0)),
+            ctypes.c_float(scale * 1.4426950408889634),
+            *map(ctypes.c_int, (heads, heads // kv_heads, jobs, len(q))),
+        ),
+    )
+    return out
+
+
+@functools.cache
+def _kernel(head_dim: int, device: torch.device) -> Kernel:
+    written = source(head_dim)
+
+    def load(fresh: bool) -> Kernel:
+        binary = compiled(written, "hopper_attention", fresh)
+        with torch.cuda.device(device):
+            return Kernel(binary, "hopper_attention", _THREADS, shared_bytes(head_dim), 1)
+
+    try:
+        return load(fresh=False)
+    except RuntimeError:  # a file of the cache that was not written to its end, say
+        return load(fresh=True)
