@@ -40,6 +40,7 @@ def measured_limits(device: str) -> Limits:
 
         limits = device_limits()
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # what is measured next has a peak of its own
         return Limits(limits["read"], limits["bf16"])
     from qwenfit.detect import measure_bandwidth
 

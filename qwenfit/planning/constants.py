@@ -279,7 +279,7 @@ MEASURED: dict[str, Constant] = {
             "qwenfit_codes_gap",
             5e-6,
             "s per layer and step",
-            "attention to an int8 cache of many requests, or whose heads share keys, beyond its bytes",
+            "attention to an int8 cache of more than 32 requests, or whose heads share keys, beyond its bytes",
             "gpu-decode-h200-6 and -8: Qwen2.5-7B with 1, 2 and 16 requests, int8 against bf16 cache; " + _MANY,
         ),
         Constant(

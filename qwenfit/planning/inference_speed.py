@@ -11,7 +11,7 @@ from qwenfit.hardware import Device, Hardware
 from qwenfit.planning.constants import measured, read
 from qwenfit.planning.device_speed import cpu_read_share, link_bandwidth, matmul_flops, read_bandwidth, unpack_time
 from qwenfit.planning.inference_memory import kv_bytes_per_token
-from qwenfit.planning.stack import MANY_REQUESTS, READ_KINDS, Stack
+from qwenfit.planning.stack import CODES_REQUESTS, MANY_REQUESTS, READ_KINDS, Stack
 from qwenfit.planning.task import Inference
 from qwenfit.planning.types import BANDWIDTH, COMPUTE, HOST, LINK, Interval, Speed
 from qwenfit.planning.weights import quantized_parameters, weight_bytes, with_head
@@ -107,7 +107,7 @@ def decode_step(
         rows_gap = stack.rows_gap if precision in stack.rows_limits else stack.plain_rows_gap
         gap = stack.layer_overhead + rows_gap * (several and task.batch > 2)
         shared = config.num_kv_heads < config.num_heads
-        gap += stack.codes_gap * (task.kv_cache == "int8" and (shared or task.batch > MANY_REQUESTS["cache_int8"]))
+        gap += stack.codes_gap * (task.kv_cache == "int8" and (shared or task.batch > CODES_REQUESTS))
         gap += stack.shared_gap * (shared and task.batch <= 2)
         memory += config.num_layers * gap + stack.step_host * host_factor
     rows = 1 if on_cpu else task.batch

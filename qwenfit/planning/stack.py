@@ -13,6 +13,7 @@ READ_KINDS = ("plain", "plain_rows", "int8", "int4", "cache", "cache_int8", "cac
 LIMITED = READ_KINDS[2:]  # those that a fast memory brings faster than a card's cores take them
 # Whose attention begins when the product before it is done (kernels/triton/decode_attention.py), by KV cache.
 MANY_REQUESTS = {"cache": 7, "cache_int8": 3}
+CODES_REQUESTS = 32  # up to so many, where heads are alone, an int8 cache takes what its bytes take
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Stack:
     share_of_64: float = 1.0  # of a plain read, of 16-bit weights for 64 requests
     rows_gap: float = 0.0  # s per layer and step more with int4 and int8 weights, from 3 requests on
     plain_rows_gap: float = 0.0  # the same with 16-bit weights
-    codes_gap: float = 0.0  # s per layer and step more with an int8 cache, of many requests or where heads share keys
+    codes_gap: float = 0.0  # s per layer and step with an int8 cache: more than CODES_REQUESTS, or shared keys
     shared_gap: float = 0.0  # s per layer and step more with one or two requests, where heads share keys
     step_host: float = 0.0  # s per step that the host adds to the device's time
     prompt_host: float = 0.0  # s per prompt that the host adds to the device's time

@@ -127,6 +127,19 @@ def test_searches_of_several_models_are_kept_in_one_file(own: Path, monkeypatch:
     assert json.loads((own / "tuned.json").read_text()) == {"cards": ["another"], "configs": {}}
 
 
+ATTENTION = json.loads((SEARCHES[0].parent / "gpu-search-attention-h200.json").read_text())["runs"]
+
+
+@pytest.mark.parametrize("run", ATTENTION, ids=lambda run: f"{run['model']} {run['kv_cache']} x {run['sequences']}")
+def test_attention_of_several_takes_about_what_a_search_found(run: dict[str, Any]) -> None:
+    """Of the time of a step of a few layers."""
+    for key, trials in run["trials"].items():
+        kernel, *shape = key.split()
+        rule = {"stages": 1} | tuning._rule(kernel, tuple(map(int, shape)))
+        (took,) = (ms for ms, config in trials["best"] if {"stages": 1} | config == rule)
+        assert took <= 1.02 * trials["best"][0][0]
+
+
 @pytest.mark.parametrize(
     ("name", "missing", "count", "bound"), [("h200-2", "no NVRTC", 20, 1.01), ("h200-3", "", 54, 1.1)]
 )

@@ -160,18 +160,22 @@ def _rule(kernel: str, shape: tuple[int, ...]) -> Config:
         return {"tiles": tiles, "warps": warps, "ahead": 3 - tiles}
     if kernel == "int_matmul":
         return _matmul_rule(*shape)
-    if kernel == "decode_heads":
-        if rows >= 12 * _cores():  # heads; small programs leave less of the card idle at the end
-            return {"tokens": 32, "warps": 1} if shape[0] == 1 else {"tokens": 16, "warps": 2, "registers": 128}
-        return {"tokens": 64, "warps": 4} if shape[0] == 1 else {"tokens": 32, "warps": 4, "registers": 128}
+    if kernel == "decode_heads":  # rows: heads of all sequences
+        if shape[0] == 1:
+            return {"tokens": 32, "warps": 1} if rows > 64 else {"tokens": 64, "warps": 4}
+        if rows >= 6 * _cores():  # small programs leave less of the card idle at the end
+            return {"tokens": 16, "warps": 2, "registers": 128}
+        return {"tokens": 32, "warps": 4, "registers": 128}
     if rows == 1 and shape[0] <= 2 and shape[1] == 128:
         wide = shape[0] == 2 or shape[2] <= 4
         return {"tokens": 128, "warps": 8, "stages": 1} if wide else {"tokens": 64, "warps": 4, "stages": 1}
     if rows == 1 and shape[0] <= 2:
         return {"tokens": 64, "warps": 2 * shape[0], "stages": 1}
-    if rows >= 128:  # where what is read before its turn is a small part, and room for more programs counts
-        return {"tokens": 64, "warps": 2, "stages": 5 if shape[0] == 1 else 3}
-    return {"tokens": 64, "warps": 2 if shape[0] == 1 else 4}
+    if shape[0] == 1:
+        return {"tokens": 64, "warps": 2, "stages": 3 if rows > 128 and shape[2] <= 5 else 1}
+    if rows >= (64 if shape[2] <= 5 else 128):  # few heads share keys: more programs, so room for more of them counts
+        return {"tokens": 64, "warps": 2, "stages": 3}
+    return {"tokens": 64, "warps": 4}
 
 
 def _bf16_rule(inputs: int, outputs: int, _: int) -> Config:
