@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +15,15 @@ from tests.kernels.emulated_hopper import Map, emulated
 from tests.kernels.triton_cases import error, poisoned, random
 
 pytest.importorskip("triton")
+from qwenfit.kernels.attention import LayerCache, RaggedStep
 from qwenfit.kernels.hopper import attention
 from qwenfit.kernels.hopper.attention import KEYS, QUERIES, hopper_attention
 from qwenfit.kernels.hopper.instructions import wgmma, wgmma_held
 from qwenfit.kernels.rotary import rotate
+from qwenfit.kernels.triton import prompt_attention, ragged
+from qwenfit.kernels.triton.decode_attention import NewTokens
 from qwenfit.kernels.triton.prompt_attention import Turn, prompt_attention_reference, tiles_of
+from qwenfit.kernels.triton.ragged import ragged_attention, ragged_attention_reference, ragged_plan
 from qwenfit.model.rotary import inverse_frequencies
 
 BF16 = torch.bfloat16
@@ -153,6 +159,33 @@ def test_every_number_of_programs_gives_the_same(folder: Path) -> None:
         for programs in (1, 2, 5, 16)
     )
     assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plays a step on a CPU")
+def test_a_step_with_prompts_takes_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a single token, with a prompt that goes on: it gets what it takes."""
+
+    def play(*operands: Any) -> torch.Tensor:
+        q, k, v, query_starts, context_starts, tiles, scale, turn, before, out = operands
+        assert scale == 0.1
+        return attend(folder, q, k, v, [query_starts, context_starts, tiles], out, turn, before)
+
+    monkeypatch.setattr(prompt_attention, "hopper_attention", play)
+    dim, heads, kv_heads, size, queries, contexts = 64, 4, 2, 16, [1, 140, 20], [30, 140, 60]
+    tables = torch.randperm(48, generator=torch.Generator().manual_seed(0)).view(3, 16).int()
+    at = [(i, p) for i, (n, end) in enumerate(zip(queries, contexts, strict=True)) for p in range(end - n, end)]
+    slots = torch.tensor([int(tables[i, p // size]) * size + p % size for i, p in at])
+    turn = turn_of(161, dim, True)
+    new = NewTokens(turn.cos, turn.sin, turn.query_scale, None, 1e-6, slots)
+    qkv = random(161, heads + 2 * kv_heads, dim, dtype=BF16)
+    stored = random(2, 48, size, kv_heads, dim, dtype=BF16, seed=1)
+    step = RaggedStep(queries, contexts, tables, slots, size, BF16)
+    cache, wide = LayerCache(*stored.clone()), LayerCache(*stored.float())
+    expected = ragged_attention_reference(qkv.float(), new, wide, replace(step, dtype=torch.float32), 0.1)
+    monkeypatch.setattr(ragged, "prompt_config", lambda *_: ragged.HOPPER_LONG)
+    out = ragged_attention(qkv, new, cache, ragged_plan(step, heads, cache), 0.1)
+    assert error(out[1:], expected[1:]) < 6e-3
+    assert error(cache.key, wide.key) < 3e-3
 
 
 @pytest.mark.gpu
