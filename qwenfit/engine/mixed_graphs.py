@@ -131,7 +131,10 @@ class MixedGraphs:
         self.costs = Costs(0.0, 0.0)
 
     def launch_each(self) -> None:
-        """Launch the kernels that the steps take, so that they are compiled: larger ones take no others."""
+        """Launch the kernels that the steps take, so that they are compiled.
+
+        Larger ones take no others but of attention, which `compile_prompts` launches.
+        """
         few = [size for size in self._possible if size <= max(USUAL, *INT_MATMUL_ROWS.values())]
         for size in self._possible[: len(few) + 1]:
             self._step(size).run(ends=True)

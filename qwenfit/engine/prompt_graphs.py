@@ -68,7 +68,10 @@ class PromptGraphs:
         self._recorded: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
     def launch_each(self) -> None:
-        """Launch every kernel that a lone prompt takes, so that they are compiled: longer ones take no others."""
+        """Launch every kernel that a lone prompt takes, so that they are compiled.
+
+        Longer ones take no others but of attention, which `compile_prompts` launches.
+        """
         for size in (size for size in LENGTHS if size <= max(INT_MATMUL_ROWS.values())):
             PromptStep(self.model, self.cache, size, self.device).run(ends=True)
 

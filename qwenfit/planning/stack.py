@@ -44,7 +44,7 @@ class Stack:
     share_of_64: float = 1.0  # of a plain read, of 16-bit weights for 64 requests
     rows_gap: float = 0.0  # s per layer and step more with int4 and int8 weights, from 3 requests on
     plain_rows_gap: float = 0.0  # the same with 16-bit weights
-    codes_gap: float = 0.0  # s per layer and step with an int8 cache: more than CODES_REQUESTS, or shared keys
+    codes_gap: float = 0.0  # s per layer and step more with an int8 cache, of > CODES_REQUESTS or shared keys
     shared_gap: float = 0.0  # s per layer and step more with one or two requests, where heads share keys
     step_host: float = 0.0  # s per step that the host adds to the device's time
     prompt_host: float = 0.0  # s per prompt that the host adds to the device's time

@@ -158,3 +158,16 @@ def test_attention_of_prompts_takes_about_the_fastest_that_was_measured(
         assert took <= (1 if row["length"] >= 1024 and not missing else bound) * min(row["ours"]), row
         assert took < row["flash"]
     assert len(rows) == count
+
+
+@pytest.mark.parametrize(("dtype", "missing"), [(torch.float16, ""), (torch.bfloat16, "no NVRTC")])
+def test_a_tuned_kernel_of_prompts_is_for_those_that_have_it(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, missing: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(ragged, "measured", lambda *_: ragged.HOPPER_LONG)
+    monkeypatch.setattr(ragged, "why_not", lambda *_: missing)
+    device = torch.device("cuda")
+    assert ragged._fastest(device, dtype, (32, 32, 128), 2048) == ragged.HOPPER
+    monkeypatch.setattr(ragged, "why_not", lambda *_: "")
+    assert ragged._fastest(device, torch.bfloat16, (32, 32, 128), 2048) == ragged.HOPPER_LONG

@@ -89,9 +89,10 @@ __device__ inline void store_piece(u32 tile, int row, int column, uint4 piece) {
 }
 
 // Scores become weights, relative to the highest so far; `shrink` is by what the sums so far are to be multiplied. A
-// thread has two rows, eight apart: of the first it sees columns up to `limit`, less than its own first column.
+// thread has two rows, eight apart. Of the first one it sees columns up to `limit`, counted from its own first column.
 template <bool MASKED>
-__device__ inline void weigh(float (&s)[64], float (&top)[2], float (&total)[2], float (&shrink)[2], float scale, int limit) {
+__device__ inline void weigh(float (&s)[64], float (&top)[2], float (&total)[2], float (&shrink)[2], float scale,
+                             int limit) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         float highest = top[half];
@@ -134,7 +135,7 @@ hopper_attention(const __grid_constant__ TensorMap k, const __grid_constant__ Te
     if (thread == 0) {
         for (int i = 0; i < 2; i++, queries.count++, keys.count++, values.count++) {
             barrier_init(queries.full(), LOADERS), barrier_init(keys.full(), 1), barrier_init(values.full(), 1);
-            barrier_init(queries.empty(), GROUPS), barrier_init(keys.empty(), GROUPS);
+            barrier_init(queries.empty(), 4 * GROUPS), barrier_init(keys.empty(), GROUPS);  // by warps: they read the job
             barrier_init(values.empty(), GROUPS);
         }
         barriers_visible();
@@ -229,7 +230,7 @@ hopper_attention(const __grid_constant__ TensorMap k, const __grid_constant__ Te
             auto begin_sums = [&](int block) {
                 values.wait_full();
                 const int left = job.context - block * KEYS;
-                if (left < KEYS) {  // what lies behind a prompt is another's, and nought times NaN is NaN
+                if (left < KEYS) {  // what lies behind a prompt is another's, and nought times NaN is NaN: by each group
                     for (int i = left * 8 + thread % 128; i < KEYS * 8; i += 128)
                         for (int part = 0; part < DIM / 64; part++)
                             *(uint4*)shared_floats(values.tile() + part * PART + i * 16) = make_uint4(0, 0, 0, 0);
@@ -280,7 +281,7 @@ hopper_attention(const __grid_constant__ TensorMap k, const __grid_constant__ Te
                 for (int i = 0; i < DIM / 2; i++) o[i] *= shrink[i / 2 % 2];
                 keep_weights();
             }
-            if (tells) barrier_arrive(queries.empty());
+            if (lane == 0) barrier_arrive(queries.empty());
             queries.count++;
             begin_sums(job.blocks - 1);
             end_sums();

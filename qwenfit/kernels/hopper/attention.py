@@ -55,7 +55,10 @@ def hopper_attention(
     before: torch.Tensor | None,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """`prompt_attention` for bfloat16 heads of one of HEAD_DIMS and tiles of QUERIES; tokens lie 8 i numbers apart."""
+    """`prompt_attention` for bfloat16 heads of one of HEAD_DIMS and tiles of QUERIES.
+
+    All tensors lie at multiples of 16 bytes, tokens of q, k and v multiples of 8 numbers apart, the others contiguous.
+    """
     device, (_, heads, head_dim), kv_heads = q.device, q.shape, k.shape[1]
     if compiled_instead(("hopper attention", head_dim, device), lambda: _kernel(head_dim, device)):
         return out

@@ -1,6 +1,6 @@
 """CUDA C++ for a Hopper: compiled by the NVRTC that comes with torch, launched through the driver.
 
-Nothing depends on it: where it is missing, the same products go through the vendor's library.
+Nothing depends on it: where it is missing, products go through the vendor's library, and attention through Triton.
 """
 
 from __future__ import annotations

@@ -100,12 +100,24 @@ def _fastest(
         return None
     heads, kv_heads, head_dim = shape
     config = measured("prompt_attention", (head_dim, heads // kv_heads, longest))
-    if config is None and torch.cuda.get_device_capability(device)[0] == 9 and head_dim in HEAD_DIMS:
-        many = longest > LONG and heads * -(-longest // QUERIES) >= TILES
-        if many and dtype == torch.bfloat16 and not why_not(device, head_dim):
-            return HOPPER_LONG
-        return HOPPER_SMALL_HEADS if head_dim == 64 and longest > SHORT else HOPPER
+    if config is None or ("hopper" in config and not _has_hopper(device, dtype, head_dim)):
+        return _by_rule(device, dtype, heads, head_dim, longest)
     return config
+
+
+def _by_rule(
+    device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, longest: int
+) -> dict[str, int] | None:
+    if torch.cuda.get_device_capability(device)[0] != 9 or head_dim not in HEAD_DIMS:
+        return None
+    many = longest > LONG and heads * -(-longest // QUERIES) >= TILES
+    if many and _has_hopper(device, dtype, head_dim):
+        return HOPPER_LONG
+    return HOPPER_SMALL_HEADS if head_dim == 64 and longest > SHORT else HOPPER
+
+
+def _has_hopper(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    return dtype == torch.bfloat16 and head_dim in HEAD_DIMS and not why_not(device, head_dim)
 
 
 def is_own(config: dict[str, int] | None) -> TypeGuard[dict[str, int]]:
@@ -186,8 +198,10 @@ def compile_prompt_attention(qkv: torch.Tensor, kv_heads: int, turn: Turn | None
     q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
     wanted = key("prompt_attention", (head_dim, heads // kv_heads, 1)).removesuffix("1")
     possible: list[dict[str, int] | None] = [config for name, config in in_force().items() if name.startswith(wanted)]
-    lengths = 1, SHORT + 1, TILES * QUERIES
-    possible += [_fastest(q.device, q.dtype, (heads, kv_heads, head_dim), length) for length in lengths]
+    if q.is_cuda and q.dtype != torch.float32:
+        few, many = LONG, TILES * QUERIES  # tokens
+        possible += [_by_rule(q.device, q.dtype, heads, head_dim, length) for length in (few, many)]
+        possible += [HOPPER_SMALL_HEADS] if head_dim == 64 and HOPPER in possible else []
     for config in {str(config): config for config in possible}.values():
         if is_own(config):
             prompt_attention(q, k, v, starts[:2], starts[:2], tiles, 1.0, config, turn, before)
