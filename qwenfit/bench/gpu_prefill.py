@@ -26,6 +26,7 @@ from qwenfit.bench.gpu_kernels import time_us
 from qwenfit.checkpoint.resolve import resolve_model
 from qwenfit.config import ModelConfig
 from qwenfit.kernels.kv_quant import dequantize_kv
+from qwenfit.kernels.rotary import both_halves
 from qwenfit.kernels.triton import ragged, tuning
 from qwenfit.kernels.triton.prompt_attention import Turn, prompt_attention, prompt_attention_reference, tiles_of
 from qwenfit.model.attention import FullContext
@@ -41,17 +42,7 @@ OWN, *OTHERS = [  # Qwen-7B; Qwen-1.8B, Qwen2.5-7B, Qwen3-8B, Qwen2.5-1.5B, Qwen
     (32, 32, 128), (16, 16, 128), (28, 4, 128), (32, 8, 128), (12, 2, 128), (14, 2, 64)
 ]  # fmt: skip
 LAYERS = 32  # of Qwen-7B
-LENGTHS = {
-    64: 32,
-    256: 32,
-    384: 32,
-    512: 32,
-    640: 32,
-    768: 32,
-    1024: 32,
-    2048: 16,
-    8192: 4,
-}  # launches in a row of each
+LENGTHS = (64, 256, 384, 512, 640, 768, 1024, 2048, 8192)
 CONFIGS = [
     {"m": 128, "n": 128, "warps": 8, "stages": 2},
     {"m": 128, "n": 64, "warps": 8, "stages": 3},
@@ -110,8 +101,7 @@ def attention_of(
 def turn_of(length: int, head_dim: int) -> Turn:
     """What rotates the queries of a prompt, as a model has it."""
     radians = torch.arange(length, device=DEVICE)[:, None] * inverse_frequencies(head_dim, 1e4).to(DEVICE)
-    cos, sin = radians.cos(), radians.sin()
-    return Turn(torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None], None)
+    return Turn(*both_halves(radians.cos(), radians.sin()), None)
 
 
 def compile_attention(config: dict[str, int]) -> None:
@@ -122,9 +112,9 @@ def compile_attention(config: dict[str, int]) -> None:
         attention_of(config, [130], [130], projected([130], [130], shape), turn_of(130, shape[2]))()
 
 
-def milliseconds(run: Run, launches: int) -> float:
-    """Of a launch, one after the other in a CUDA graph."""
-    return time_us([run] * launches) / 1e3
+def milliseconds(run: Run, length: int) -> float:
+    """Of a launch for a prompt of `length` tokens, one after the other in a CUDA graph."""
+    return time_us([run] * min(LAYERS, (1 << 15) // length)) / 1e3
 
 
 def choose_attention() -> Figures:
@@ -164,12 +154,11 @@ def time_attention(shape: Shape, length: int, configs: list[dict[str, int]]) -> 
 
     Ours rotates the queries too.
     """
-    tensors, plan, launches = projected([length], [length], shape), plan_of([length], [length]), LENGTHS[length]
-    turn = turn_of(length, shape[2])
-    flash = milliseconds(partial(ragged.flash, *tensors, plan, shape[2] ** -0.5), launches)
+    tensors, plan, turn = projected([length], [length], shape), plan_of([length], [length]), turn_of(length, shape[2])
+    flash = milliseconds(partial(ragged.flash, *tensors, plan, shape[2] ** -0.5), length)
     timed: list[tuple[float, dict[str, int] | None]] = [(flash, None)]
     for config in configs:
-        timed.append((milliseconds(attention_of(config, [length], [length], tensors, turn), launches), config))
+        timed.append((milliseconds(attention_of(config, [length], [length], tensors, turn), length), config))
     row: Figures = {"shape": shape, "length": length, "flash": flash, "ours": [ms for ms, _ in timed[1:]]}
     try:
         row |= time_cudnn(length) if shape == OWN else {}
@@ -191,7 +180,7 @@ def time_cudnn(length: int) -> Figures:
         first = (time.perf_counter() - began) * 1e3
     error = relative_error(out, ragged.flash(*tensors, plan, 128**-0.5))
     tensors, plan = projected([length], [length]), plan_of([length], [length])
-    again = milliseconds(partial(ragged.cudnn, *tensors, plan, 128**-0.5), LENGTHS[length])
+    again = milliseconds(partial(ragged.cudnn, *tensors, plan, 128**-0.5), length)
     return {"cudnn": again if error < BOUND else float("inf"), "cudnn_plans": first - again, "cudnn_error": error}
 
 

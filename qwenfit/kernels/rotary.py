@@ -20,3 +20,8 @@ def rotate_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """As the reference. The heads of a token lie side by side in x."""
     return block.rotate(x, cos, sin) if block.usable(x) else rotate_reference(x, cos, sin)
+
+
+def both_halves(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of angles [T, head_dim / 2] what `rotate` takes: [T, 1, head_dim] each, the first half of sin negated."""
+    return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from qwenfit.config import ModelConfig, YarnScaling
+from qwenfit.kernels.rotary import both_halves
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Rotary:
         scale = None
         if self.config.use_logn_attn and max_length > self.config.training_length:
             scale = logn_scale(positions, self.config.training_length).to(dtype)[:, None, None]
-        return Angles(torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None], scale)
+        return Angles(*both_halves(cos, sin), scale)
 
     def _inverse_frequencies(self, alpha: float, device: torch.device) -> torch.Tensor:
         key = (alpha, device)

@@ -126,10 +126,7 @@ static float number(u64 described, int row, int k) {
     u16 bits;
     within(at + row / 8 * stride + row % 8 * 128 + k * 2);
     memcpy(&bits, arena.data() + swizzled(at + row / 8 * stride + row % 8 * 128 + k * 2), 2);
-    u32 wide = (u32)bits << 16;
-    float value;
-    memcpy(&value, &wide, 4);
-    return value;
+    return bf16_float(bits);
 }
 static float number_across(u64 described, int column, int k) {
     u32 stride = (u32)(described >> 32 & 0x3FFF) * 16, far = (u32)(described >> 16 & 0x3FFF) * 16;

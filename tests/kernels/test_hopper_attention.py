@@ -19,7 +19,7 @@ from qwenfit.kernels.attention import LayerCache, RaggedStep
 from qwenfit.kernels.hopper import attention
 from qwenfit.kernels.hopper.attention import KEYS, QUERIES, hopper_attention
 from qwenfit.kernels.hopper.instructions import wgmma, wgmma_held
-from qwenfit.kernels.rotary import rotate
+from qwenfit.kernels.rotary import both_halves, rotate
 from qwenfit.kernels.triton import prompt_attention, ragged
 from qwenfit.kernels.triton.decode_attention import NewTokens
 from qwenfit.kernels.triton.prompt_attention import Turn, prompt_attention_reference, tiles_of
@@ -111,9 +111,8 @@ def test_prompts(folder: Path, heads: int, kv_heads: int, dim: int, lengths: tup
 
 def turn_of(tokens: int, dim: int, scaled: bool) -> Turn:
     radians = torch.arange(tokens)[:, None] * inverse_frequencies(dim, 1e4)
-    cos, sin = (torch.cat(pair, -1)[:, None] for pair in ((radians.cos(),) * 2, (-radians.sin(), radians.sin())))
     factor = (1 + torch.arange(tokens)[:, None, None] / 50).to(BF16) if scaled else None
-    return Turn(cos.contiguous(), sin.contiguous(), factor)
+    return Turn(*both_halves(radians.cos(), radians.sin()), factor)
 
 
 @pytest.mark.parametrize(("dim", "scaled"), [(128, False), (128, True), (64, True)])

@@ -180,7 +180,7 @@ def test_a_file_of_the_cache_that_cannot_be_loaded_is_made_again(
             raise RuntimeError("CUDA driver: invalid image")
         return "loaded"
 
-    monkeypatch.setattr(product, "Kernel", load)
+    monkeypatch.setattr(compiled, "Kernel", load)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     for _ in range(3):
         product._kernel.cache_clear()

@@ -8,7 +8,7 @@ import torch
 from tests.kernels.triton_cases import DEVICE, error, random
 
 pytest.importorskip("triton")
-from qwenfit.kernels.rotary import rotate
+from qwenfit.kernels.rotary import both_halves, rotate
 from qwenfit.kernels.triton.prompt_attention import Turn, prompt_attention, prompt_attention_reference, tiles_of
 from qwenfit.model.rotary import inverse_frequencies
 
@@ -52,7 +52,7 @@ def test_queries_are_rotated_as_they_are_read(scaled: bool) -> None:
     queries, contexts, dim = [40, 3, 17], [40, 9, 17], 16
     q, k, v = random(60, 2, dim), random(66, 2, dim, seed=1), random(66, 2, dim, seed=2)
     radians = torch.arange(60, device=DEVICE)[:, None] * inverse_frequencies(dim, 1e4).to(DEVICE)
-    cos, sin = (torch.cat(pair, -1)[:, None] for pair in ((radians.cos(),) * 2, (-radians.sin(), radians.sin())))
+    cos, sin = both_halves(radians.cos(), radians.sin())
     factor = 1 + torch.arange(60, device=DEVICE)[:, None, None] / 50 if scaled else None
     out = prompt_attention(q, k, v, *tables(queries, contexts, 16), 0.3, CONFIGS[0], Turn(cos, sin, factor))
     turned = rotate(q, cos, sin)

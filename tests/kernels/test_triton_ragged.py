@@ -10,6 +10,7 @@ from tests.kernels.triton_cases import DEVICE, error, random
 
 pytest.importorskip("triton")
 from qwenfit.kernels.attention import LayerCache, RaggedStep
+from qwenfit.kernels.rotary import both_halves
 from qwenfit.kernels.triton import ragged
 from qwenfit.kernels.triton.decode_attention import NewTokens
 from qwenfit.kernels.triton.ragged import (
@@ -36,10 +37,8 @@ def on_cpu(cache: LayerCache) -> LayerCache:
 
 def new_tokens(positions: list[int], slots: torch.Tensor, dim: int, kv_heads: int, plain: bool) -> NewTokens:
     radians = torch.tensor(positions)[:, None] * inverse_frequencies(dim, 1e4)
-    cos, sin = radians.cos(), radians.sin()
     return NewTokens(
-        torch.cat((cos, cos), -1)[:, None],
-        torch.cat((-sin, sin), -1)[:, None],
+        *both_halves(radians.cos(), radians.sin()),
         None if plain else 1 + torch.arange(len(positions))[:, None, None] / 10,
         None if plain else (random(dim).cpu() + 2, random(dim, seed=1).cpu() + 2),
         1e-6,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qwenfit.kernels.hopper.compiled import Kernel, Missing, compiled, tensor_map
+from qwenfit.kernels.hopper.compiled import Kernel, cores, kernel_of, tensor_map, why_missing
 from qwenfit.kernels.hopper.instructions import text, wgmma, wgmma_held
 from qwenfit.kernels.triton.launch import compiled_instead
 
@@ -34,13 +34,7 @@ def shared_bytes(head_dim: int) -> int:
 @functools.cache
 def why_not(device: torch.device, head_dim: int) -> str:
     """Why the kernel for heads of HEAD_DIMS is missing on a GPU; empty where it is there."""
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        return "it is for Hopper GPUs"
-    try:
-        _kernel(head_dim, device)
-    except (Missing, OSError, RuntimeError, AttributeError) as failure:
-        return str(failure)
-    return ""
+    return why_missing(device, lambda: _kernel(head_dim, device))
 
 
 def hopper_attention(
@@ -69,7 +63,7 @@ def hopper_attention(
     cos, sin, query_scale = turn or (None, None, None)
     pointers = (q, out, cos, sin, query_scale, query_starts, context_starts, tiles, before)
     _kernel(head_dim, device)(
-        min(jobs, torch.cuda.get_device_properties(device).multi_processor_count),
+        min(jobs, cores(device)),
         torch.cuda.current_stream(device).cuda_stream,
         (
             *maps,
@@ -84,14 +78,4 @@ def hopper_attention(
 
 @functools.cache
 def _kernel(head_dim: int, device: torch.device) -> Kernel:
-    written = source(head_dim)
-
-    def load(fresh: bool) -> Kernel:
-        binary = compiled(written, "hopper_attention", fresh)
-        with torch.cuda.device(device):
-            return Kernel(binary, "hopper_attention", _THREADS, shared_bytes(head_dim), 1)
-
-    try:
-        return load(fresh=False)
-    except RuntimeError:  # a file of the cache that was not written to its end, say
-        return load(fresh=True)
+    return kernel_of(source(head_dim), "hopper_attention", device, _THREADS, shared_bytes(head_dim))

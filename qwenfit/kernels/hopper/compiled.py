@@ -11,7 +11,7 @@ import functools
 import hashlib
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -92,6 +92,36 @@ def tensor_map(pointer: int, rows: int, columns: int, stride: int, box_rows: int
         )
     )  # fmt: skip
     return described
+
+
+def kernel_of(source: str, name: str, device: torch.device, threads: int, shared: int, cluster: int = 1) -> Kernel:
+    """Of so many threads and bytes of shared memory, compiled and loaded; raises Missing, or what the driver says."""
+
+    def load(fresh: bool) -> Kernel:
+        binary = compiled(source, name, fresh)
+        with torch.cuda.device(device):
+            return Kernel(binary, name, threads, shared, cluster)
+
+    try:
+        return load(fresh=False)
+    except RuntimeError:  # a file of the cache that was not written to its end, say
+        return load(fresh=True)
+
+
+def why_missing(device: torch.device, make: Callable[[], Kernel]) -> str:
+    """Why there is no such kernel on a GPU; empty where it is there."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return "it is for Hopper GPUs"
+    try:
+        make()
+    except (Missing, OSError, RuntimeError, AttributeError) as failure:
+        return str(failure)
+    return ""
+
+
+@functools.cache
+def cores(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def compiled(source: str, name: str, fresh: bool = False) -> bytes:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qwenfit.kernels.hopper.compiled import Kernel, Missing, compiled, tensor_map
+from qwenfit.kernels.hopper.compiled import Kernel, cores, kernel_of, tensor_map, why_missing
 from qwenfit.kernels.hopper.instructions import text, wgmma
 from qwenfit.kernels.triton.bf16_tiles import has_bf16_tiles
 from qwenfit.kernels.triton.launch import compiled_instead
@@ -78,13 +78,7 @@ def has_hopper_product(weight: torch.Tensor) -> bool:
 @functools.cache
 def why_not(device: torch.device) -> str:
     """Why the kernel is missing on a GPU; empty where it is there."""
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        return "it is for Hopper GPUs"
-    try:
-        _kernel(Layout(64, 64), False, False, False, False, False, device)
-    except (Missing, OSError, RuntimeError, AttributeError) as failure:
-        return str(failure)
-    return ""
+    return why_missing(device, lambda: _kernel(Layout(64, 64), False, False, False, False, False, device))
 
 
 def hopper_product(
@@ -110,15 +104,14 @@ def hopper_product(
         out = residual
     elif out is None:
         out = torch.empty(rows, outputs, dtype=torch.float32 if wide else x.dtype, device=x.device)
-    cores = _cores(x.device)
-    layout = layout or chosen(rows, inputs, weight.shape[0], gated, cores)
+    layout = layout or chosen(rows, inputs, weight.shape[0], gated, cores(x.device))
     variant = layout, gated, wide, residual is not None, bias is not None, early, x.device
     if compiled_instead(variant, lambda: _kernel(*variant)):
         return out
     brought = -(-rows // 8) * 8  # rows, by the copy engine: it is slow to fill up what is not there
     numbers = rows, outputs, -(-inputs // 64), layout.tiles(outputs, gated), brought
     _kernel(*variant)(
-        layout.programs(outputs, gated, cores),
+        layout.programs(outputs, gated, cores(x.device)),
         torch.cuda.current_stream(x.device).cuda_stream,
         (
             tensor_map(x.data_ptr(), rows, inputs, inputs, brought),
@@ -136,21 +129,7 @@ def _kernel(
     layout: Layout, gated: bool, wide: bool, add: bool, bias: bool, early: bool, device: torch.device
 ) -> Kernel:
     text = source(layout, gated, wide, add, bias, early)
-
-    def load(fresh: bool) -> Kernel:
-        binary = compiled(text, "hopper_product", fresh)
-        with torch.cuda.device(device):
-            return Kernel(binary, "hopper_product", layout.threads, layout.shared, layout.splits)
-
-    try:
-        return load(fresh=False)
-    except RuntimeError:  # a file of the cache that was not written to its end, say
-        return load(fresh=True)
-
-
-@functools.cache
-def _cores(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return kernel_of(text, "hopper_product", device, layout.threads, layout.shared, layout.splits)
 
 
 def room_for(rows: int) -> int:
